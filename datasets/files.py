@@ -1,0 +1,86 @@
+"""Reads the files of a data set, each with its checks: what is wrong is named by file, value and fix."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.errors import InputError
+
+VOID = 255  # the mask value that is neither trained on nor scored
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".tif", ".tiff", ".webp")
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
+
+
+def existing_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; the data must be in VOC layout (see the README)")
+    return folder
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """The picture as uint8 RGB `[3, H, W]`."""
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(picture.convert("RGB"))  # [H, W, 3]
+    except UNREADABLE as error:
+        raise InputError(f"{path}: cannot be read as a picture ({error}); replace it, or remove its id") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, H, W], in memory channels last
+
+
+def read_mask(path: Path, num_classes: int) -> torch.Tensor:
+    """The annotation as uint8 class ids `[H, W]`, void 255.
+
+    Raises InputError for a file that is no picture, is in colours instead of ids, or holds another value.
+    """
+    try:
+        with Image.open(path) as picture:
+            mode = picture.mode
+            mask = np.array(picture)  # [H, W] for the modes that are let through
+    except UNREADABLE as error:
+        raise InputError(f"{path}: cannot be read as a mask ({error}); replace it, or remove its id") from None
+    if mode not in ("P", "L", "1", "I;16", "I"):
+        raise InputError(f"{path}: a {mode} picture, but a mask holds class ids: save it as a palette or grey PNG")
+    stray = mask[(mask >= num_classes) & (mask != VOID)]
+    if stray.size:
+        raise InputError(
+            f"{path}: value {int(stray[0])} is neither a class (0..{num_classes - 1}) nor void ({VOID}); "
+            "mend the mask or name the class"
+        )
+    return torch.from_numpy(mask.astype(np.uint8))
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(height, width) of a mask, from its file's header. Raises InputError for a file that is no picture."""
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except UNREADABLE as error:
+        raise InputError(f"{path}: cannot be read as a mask ({error}); replace it, or remove its id") from None
+
+
+def read_ids(path: Path) -> list[str]:
+    """The image ids of a split list, one a line."""
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.txt"))
+        there = f"{path.parent} has {', '.join(known)}" if known else f"{path.parent} has no lists"
+        raise InputError(f"{path}: there is no such split list ({there})")
+    ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not ids:
+        raise InputError(f"{path}: the split is empty; write one image id a line")
+    return ids
+
+
+def read_class_names(path: Path) -> list[str]:
+    """One class name a line, in the order of the ids. labelme's `__ignore__` is void and not counted."""
+    if not path.is_file():
+        raise InputError(f"{path}: missing; write one class name a line, in the order of the mask values")
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    names = [name for name in names if name != "__ignore__"]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{path}: {twice[0]!r} stands there twice; give each class a name of its own")
+    if not 2 <= len(names) <= VOID:
+        raise InputError(f"{path}: {len(names)} classes; it takes 2 to {VOID}, for {VOID} is void")
+    return names

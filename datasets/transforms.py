@@ -1,0 +1,87 @@
+"""Joint transforms of a picture and its mask: random scale, crop and flip to train, nothing to evaluate.
+
+A sample's augmentation depends on (seed, epoch, index) alone, whatever the number of workers or processes.
+The classes in `torchvision.transforms.v2` draw from the global generator, which differs per worker; so the
+parameters are drawn here, from a generator of the sample's own, and v2's functions apply them.
+"""
+
+import numpy as np
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from datasets.files import VOID
+from utils.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MEAN_COLOUR = [round(255 * channel) for channel in IMAGENET_MEAN]
+
+
+class TrainTransform:
+    """Random scale, crop and flip; the result is always `crop_size` x `crop_size`.
+
+    The picture is scaled by a factor drawn uniformly from `scale`, the crop is placed uniformly over it (or,
+    along a side that is shorter than the crop, the picture uniformly inside the crop), and flipped with
+    probability `flip`. Invented pixels are of the mean colour in the picture and void in the mask.
+    The window of the crop is worked out first and only that part of the picture is resized: the same
+    distribution at a fraction of the work.
+    """
+
+    def __init__(self, crop_size: int, scale: tuple[float, float], flip: float, seed: int) -> None:
+        self.crop_size, self.scale, self.flip, self.seed = crop_size, scale, flip, seed
+
+    def __call__(
+        self, image: tv_tensors.Image, mask: tv_tensors.Mask, *, epoch: int = 0, index: int = 0
+    ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch, index)))
+        scale = rng.uniform(*self.scale)
+        top, height, before_y, size_y = self._window(image.shape[-2], scale, rng)
+        left, width, before_x, size_x = self._window(image.shape[-1], scale, rng)
+        after_y, after_x = self.crop_size - before_y - size_y, self.crop_size - before_x - size_x
+        padding = [before_x, before_y, after_x, after_y]
+        box, size = [top, left, height, width], [size_y, size_x]
+        image = F.resized_crop(image, *box, size, InterpolationMode.BILINEAR, antialias=True)  # [3, size_y, size_x]
+        mask = F.resized_crop(mask, *box, size, InterpolationMode.NEAREST)  # [size_y, size_x]
+        if any(padding):
+            image = F.pad(image, padding, fill=MEAN_COLOUR)  # [3, crop_size, crop_size]
+            mask = F.pad(mask, padding, fill=VOID)  # [crop_size, crop_size]
+        if rng.random() < self.flip:
+            image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
+        return image, mask
+
+    def _window(self, length: int, scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Along one side: where the crop's part of the picture starts and how long it is, in pixels of the
+        picture; then the padding before it and its length, in pixels of the crop."""
+        scaled = max(1, round(length * scale))
+        slack = scaled - self.crop_size
+        offset = int(rng.integers(min(slack, 0), max(slack, 0) + 1))  # below 0: padding before the picture
+        start, stop = max(offset, 0), min(offset + self.crop_size, scaled)
+        first = min(round(start / scaled * length), length - 1)
+        last = max(round(stop / scaled * length), first + 1)
+        return first, last - first, max(-offset, 0), stop - start
+
+
+class EvalTransform:
+    """The picture and its mask as they are, at native size."""
+
+    def __call__(
+        self, image: tv_tensors.Image, mask: tv_tensors.Mask, *, epoch: int = 0, index: int = 0
+    ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        return image, mask
+
+
+def train_transform(
+    crop_size: int, *, scale: tuple[float, float] = (0.5, 2.0), flip: float = 0.5, seed: int = 1
+) -> TrainTransform:
+    """The training transform; `crop_size` in pixels. Raises InputError for what cannot be a crop or scale."""
+    if crop_size < 1:
+        raise InputError(f"--crop_size {crop_size}: it must be 1 at least")
+    if not 0 < scale[0] <= scale[1]:
+        raise InputError(f"scale {scale}: it must be (smallest, largest), both above 0")
+    return TrainTransform(crop_size, scale, flip, seed)
+
+
+def eval_transform() -> EvalTransform:
+    """The transform of validation and test: none, for scores are of the whole picture at its native size."""
+    return EvalTransform()

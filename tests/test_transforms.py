@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from datasets.transforms import MEAN_COLOUR, eval_transform, train_transform
+from utils.errors import InputError
+
+
+def sample(height=60, width=80):
+    """A picture whose red and green are its row and column, and a mask of quadrants."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([rows * 2, columns * 2, torch.full_like(rows, 200)]).byte()
+    mask = (rows >= height // 2) * 2 + (columns >= width // 2)
+    return tv_tensors.Image(image), tv_tensors.Mask(mask.byte())
+
+
+@pytest.mark.parametrize("size", [(60, 80), (31, 17), (200, 33), (1, 1)])
+@pytest.mark.parametrize("crop_size", [33, 64])
+def test_training_sample_is_a_uint8_crop_of_the_asked_size(size, crop_size):
+    transform = train_transform(crop_size)
+    for index in range(20):
+        image, mask = transform(*sample(*size), index=index)
+        assert image.shape == (3, crop_size, crop_size) and image.dtype == torch.uint8
+        assert mask.shape == (crop_size, crop_size) and mask.dtype == torch.uint8
+
+
+def test_invented_pixels_are_void_in_the_mask_and_mean_colour_in_the_picture():
+    transform = train_transform(128, scale=(0.5, 0.5), flip=0.0)
+    image, mask = transform(*sample(60, 80))
+    invented = mask == 255
+    assert invented.sum() == 128 * 128 - 30 * 40
+    assert (image[:, invented] == torch.tensor(MEAN_COLOUR)[:, None]).all()
+    assert set(mask.unique().tolist()) == {0, 1, 2, 3, 255}
+
+
+def test_no_void_is_invented_where_the_picture_covers_the_crop():
+    transform = train_transform(33, scale=(1.0, 2.0))
+    assert not any((transform(*sample(), index=index)[1] == 255).any() for index in range(50))
+
+
+def test_picture_and_mask_stay_aligned():
+    image, mask = sample(120, 120)
+    transform = train_transform(48)
+    for index in range(30):
+        crop, target = transform(image, mask, index=index)
+        real = target != 255
+        # Red and green say which quadrant a pixel came from, to within a pixel of the resized border.
+        quadrant = (crop[0] >= 120) * 2 + (crop[1] >= 120) * 1
+        clear = ((crop[0].int() - 120).abs() > 6) & ((crop[1].int() - 120).abs() > 6) & real
+        assert clear.any() and (quadrant[clear] == target[clear]).all()
+
+
+def test_masks_are_never_interpolated():
+    mask = tv_tensors.Mask(torch.where(torch.rand(50, 50) < 0.5, 0, 20).byte())
+    image = tv_tensors.Image(torch.zeros(3, 50, 50, dtype=torch.uint8))
+    seen = {v for index in range(30) for v in train_transform(40)(image, mask, index=index)[1].unique().tolist()}
+    assert seen == {0, 20, 255}
+
+
+def test_sample_depends_on_seed_epoch_and_index_alone():
+    transform = train_transform(40, seed=7)
+    torch.manual_seed(0)
+    first = transform(*sample(), epoch=3, index=5)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    again = transform(*sample(), epoch=3, index=5)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    others = [(3, 6, 7), (4, 5, 7), (3, 5, 8), (5, 3, 7)]
+    for epoch, index, seed in others:
+        other = train_transform(40, seed=seed)(*sample(), epoch=epoch, index=index)
+        assert not torch.equal(first[0], other[0])
+
+
+def test_half_of_the_samples_are_flipped():
+    image, mask = sample(40, 40)
+    transform = train_transform(40, scale=(1.0, 1.0))
+    flipped = [bool(transform(image, mask, index=index)[0][1, 0, 0] > 40) for index in range(400)]
+    assert 0.42 < np.mean(flipped) < 0.58
+
+
+def plain(image, mask, rng, crop_size):
+    """Scale the whole picture, pad it, crop it, flip it: what the fast way must agree with."""
+    scale = rng.uniform(0.5, 2.0)
+    height, width = (max(1, round(side * scale)) for side in image.shape[-2:])
+    image = F.resize(image, [height, width], antialias=True)
+    mask = F.resize(mask, [height, width], interpolation=F.InterpolationMode.NEAREST)
+    offsets = []
+    for side in (height, width):
+        slack = side - crop_size
+        offsets.append(int(rng.integers(min(slack, 0), max(slack, 0) + 1)))
+    top, left = offsets
+    image = F.pad(image, [crop_size] * 4, fill=MEAN_COLOUR)
+    mask = F.pad(mask, [crop_size] * 4, fill=255)
+    box = [top + crop_size, left + crop_size, crop_size, crop_size]
+    image, mask = F.crop(image, *box), F.crop(mask, *box)
+    if rng.random() < 0.5:
+        image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
+    return image, mask
+
+
+@pytest.mark.parametrize("crop_size", [33, 65, 129])
+def test_window_first_gives_what_scaling_the_whole_picture_gives(crop_size):
+    image, mask = sample(90, 110)
+    transform = train_transform(crop_size, seed=2)
+    for index in range(40):
+        rng = np.random.default_rng(np.random.SeedSequence(2, spawn_key=(0, index)))
+        fast_image, fast_mask = transform(image, mask, index=index)
+        slow_image, slow_mask = plain(image, mask, rng, crop_size)
+        assert torch.equal(fast_mask == 255, slow_mask == 255)
+        # Whole source pixels: at most one of them apart, which is 2 grey levels here; edges blend a little more.
+        assert (fast_image.int() - slow_image.int()).abs().float().mean() < 1.5
+        assert (fast_mask == slow_mask).float().mean() > 0.93
+
+
+def test_evaluation_changes_nothing():
+    image, mask = sample(37, 41)
+    same_image, same_mask = eval_transform()(image, mask, epoch=1, index=2)
+    assert torch.equal(image, same_image) and torch.equal(mask, same_mask)
+
+
+@pytest.mark.parametrize("arguments", [{"crop_size": 0}, {"crop_size": 9, "scale": (0, 1)}, {"crop_size": 9, "scale": (2, 1)}])
+def test_impossible_crop_or_scale_is_refused(arguments):
+    with pytest.raises(InputError):
+        train_transform(**arguments)
