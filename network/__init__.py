@@ -1,0 +1,34 @@
+"""Builds a model by name; the parts themselves know no names."""
+
+from network import backbone
+from network._deeplab import DeepLab, DeepLabHead, DeepLabHeadPlus
+from utils.errors import InputError
+
+BACKBONES = {
+    "resnet50": backbone.resnet,
+    "resnet101": backbone.resnet,
+    "mobilenet_v3_large": backbone.mobilenet_v3,
+}
+MODELS = [f"{head}_{name}" for name in BACKBONES for head in ("deeplabv3plus", "deeplabv3")]
+ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # 1706.05587, section 4.1: doubled when the stride is halved
+
+
+def build_model(name: str, *, num_classes: int, output_stride: int = 16, backbone_weights: str = "none") -> DeepLab:
+    """DeepLab with randomly initialised heads.
+
+    name: one of `MODELS`; output_stride: 16 or 8 (MobileNet: 16); backbone_weights: "imagenet" (downloaded),
+    "none", or the path of a state dict. Raises InputError for what does not exist or fit.
+    """
+    if name not in MODELS:
+        raise InputError(f"--model {name}: there are {', '.join(MODELS)}")
+    if output_stride not in ATROUS_RATES:
+        raise InputError(f"--output_stride {output_stride}: there are 16 and 8")
+    head, _, backbone_name = name.partition("_")
+    build = BACKBONES[backbone_name]
+    body = build(backbone_name, output_stride=output_stride, backbone_weights=backbone_weights)
+    rates = ATROUS_RATES[output_stride]
+    if head == "deeplabv3":
+        classifier = DeepLabHead(body.out_channels, num_classes, rates)
+    else:
+        classifier = DeepLabHeadPlus(body.out_channels, body.low_level_channels, num_classes, rates)
+    return DeepLab(body.features, classifier)

@@ -1,0 +1,128 @@
+"""DeepLabV3 (Chen et al. 2017, arXiv 1706.05587) and DeepLabV3+ (Chen et al. 2018, arXiv 1802.02611).
+
+Both take the backbone's features {"low_level": [B, L, H/4, W/4], "out": [B, F, H/s, W/s]}, s = output stride,
+and differ by their head alone. Names of parameters are those of the published PyTorch checkpoints.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def upsample(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Bilinear to a size, so that odd inputs come back at their own. `[B, C, h, w]` to `[B, C, *size]`."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, *, dilation: int = 1) -> list[nn.Module]:
+    """A convolution that keeps height and width, batch normalisation and ReLU."""
+    padding = dilation * (kernel_size // 2)
+    return [
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
+
+
+class ASPPConv(nn.Sequential):
+    """One atrous branch: a 3x3 convolution at the given rate. `[B, F, h, w]` to `[B, out_channels, h, w]`."""
+
+    def __init__(self, in_channels: int, out_channels: int, atrous_rate: int) -> None:
+        super().__init__(*conv_bn_relu(in_channels, out_channels, 3, dilation=atrous_rate))
+
+
+class ASPPPooling(nn.Sequential):
+    """Image-level features (1706.05587, section 3.3): the mean over the map, broadcast back to its size.
+
+    `[B, F, h, w]` to `[B, out_channels, h, w]`. In training it needs a batch of two or more, for batch
+    normalisation cannot estimate a deviation from one value.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, out_channels, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[-2:]
+        return upsample(super().forward(x), size)  # [B, out_channels, 1, 1] -> [B, out_channels, h, w]
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (1706.05587, section 3.3): a 1x1 convolution, one 3x3 convolution per
+    atrous rate and image pooling side by side, concatenated and projected. `[B, F, h, w]` to
+    `[B, out_channels, h, w]`.
+    """
+
+    def __init__(self, in_channels: int, atrous_rates: tuple[int, ...], out_channels: int = 256) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [
+                nn.Sequential(*conv_bn_relu(in_channels, out_channels, 1)),
+                *(ASPPConv(in_channels, out_channels, rate) for rate in atrous_rates),
+                ASPPPooling(in_channels, out_channels),
+            ]
+        )
+        self.project = nn.Sequential(*conv_bn_relu(len(self.convs) * out_channels, out_channels, 1), nn.Dropout(0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = torch.cat([conv(x) for conv in self.convs], dim=1)  # [B, 5 * out_channels, h, w]
+        return self.project(branches)  # [B, out_channels, h, w]
+
+
+class DeepLabHead(nn.Module):
+    """The head of V3: ASPP, a 3x3 convolution and the classifier at the backbone's output stride."""
+
+    def __init__(self, in_channels: int, num_classes: int, atrous_rates: tuple[int, ...]) -> None:
+        super().__init__()
+        self.classifier = nn.Sequential(
+            ASPP(in_channels, atrous_rates), *conv_bn_relu(256, 256, 3), nn.Conv2d(256, num_classes, 1)
+        )
+        init_weights(self)
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.classifier(features["out"])  # [B, C, H/s, W/s]
+
+
+class DeepLabHeadPlus(nn.Module):
+    """The head of V3+ (1802.02611, section 3.1): the ASPP's output, upsampled to stride 4, meets low-level
+    features that are reduced to 48 channels; then a 3x3 convolution of 304 to 256 and the classifier.
+
+    The paper settles on two 3x3 convolutions (table 2) and the published PyTorch weights have one: one here.
+    """
+
+    def __init__(
+        self, in_channels: int, low_level_channels: int, num_classes: int, atrous_rates: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.project = nn.Sequential(*conv_bn_relu(low_level_channels, 48, 1))
+        self.aspp = ASPP(in_channels, atrous_rates)
+        self.classifier = nn.Sequential(*conv_bn_relu(48 + 256, 256, 3), nn.Conv2d(256, num_classes, 1))
+        init_weights(self)
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        low_level = self.project(features["low_level"])  # [B, 48, H/4, W/4]
+        out = upsample(self.aspp(features["out"]), low_level.shape[-2:])  # [B, 256, H/4, W/4]
+        return self.classifier(torch.cat([low_level, out], dim=1))  # [B, C, H/4, W/4]
+
+
+class DeepLab(nn.Module):
+    """A backbone and a head: float `[B, 3, H, W]`, normalised, of any H and W, to logits `[B, C, H, W]`."""
+
+    def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(self.backbone(x))
+        return upsample(logits.float(), x.shape[-2:])  # in bfloat16 neighbouring logits would tie
+
+
+def init_weights(head: nn.Module) -> None:
+    """He initialisation of the convolutions (He et al. 2015, arXiv 1502.01852); batch norms start at identity."""
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)

@@ -1,0 +1,82 @@
+import math
+from urllib.error import URLError
+
+import pytest
+import torch
+from torchvision import models
+
+from network import build_model
+from utils.errors import InputError
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 31)])
+@pytest.mark.parametrize(
+    ("name", "stride", "low", "out"),
+    [
+        ("resnet50", 16, 256, 2048),
+        ("resnet50", 8, 256, 2048),
+        ("resnet101", 16, 256, 2048),
+        ("mobilenet_v3_large", 16, 24, 960),
+    ],
+)
+def test_features_are_tapped_at_stride_4_and_at_the_output_stride(name, stride, low, out, size):
+    backbone = build_model(f"deeplabv3_{name}", num_classes=2, output_stride=stride).backbone.eval()
+    with torch.inference_mode():
+        features = backbone(torch.randn(1, 3, *size))
+    assert features["low_level"].shape == (1, low, *(math.ceil(side / 4) for side in size))
+    assert features["out"].shape == (1, out, *(math.ceil(side / stride) for side in size))
+
+
+def test_mobilenet_refuses_output_stride_8():
+    with pytest.raises(InputError, match="--output_stride 8: MobileNetV3 has 16 only"):
+        build_model("deeplabv3_mobilenet_v3_large", num_classes=2, output_stride=8)
+
+
+@pytest.mark.parametrize(("name", "head"), [("resnet50", "fc"), ("mobilenet_v3_large", "classifier")])
+def test_backbone_file_is_loaded_whatever_its_number_of_classes(tmp_path, name, head):
+    network = models.get_model(name, num_classes=7)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    model = build_model(f"deeplabv3plus_{name}", num_classes=3, backbone_weights=str(tmp_path / "w.pth"))
+    ours, theirs = model.backbone.state_dict(), network.state_dict()
+    prefix = "features." if name.startswith("mobilenet") else ""
+    assert ours and all(torch.equal(value, theirs[prefix + key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "unknown"])
+def test_backbone_file_of_another_network_is_refused(tmp_path, damage):
+    state = models.resnet50().state_dict()
+    if damage == "missing":
+        del state["layer1.0.conv1.weight"]
+    elif damage == "shape":
+        state["layer1.0.conv1.weight"] = torch.zeros(1)
+    else:
+        state["layer9.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"w\.pth: not the weights of this ResNet \(layer"):
+        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
+
+
+def test_missing_backbone_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--backbone_weights .*w\.pth: there is no such file"):
+        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
+
+
+def test_failed_imagenet_download_says_what_to_do(monkeypatch):
+    def unreachable(*arguments, **keywords):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    with pytest.raises(InputError, match=r"imagenet: https://.*resnet50.*no route to host.*--backbone_weights FILE"):
+        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights="imagenet")
+
+
+def test_imagenet_weights_are_asked_for_by_address_and_hash(monkeypatch):
+    asked = {}
+
+    def serve(url, **keywords):
+        asked.update(url=url, **keywords)
+        return models.resnet50().state_dict()
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", serve)
+    build_model("deeplabv3_resnet50", num_classes=2, backbone_weights="imagenet")
+    assert asked["url"] == models.ResNet50_Weights.IMAGENET1K_V1.url and asked["check_hash"] is True
