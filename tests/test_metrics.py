@@ -1,0 +1,120 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
+
+from utils.errors import InputError
+from utils.metrics import ConfusionMatrix, format_class_table, format_scores, scores
+
+
+def scored(target, prediction, num_classes):
+    confusion = ConfusionMatrix(num_classes)
+    confusion.update(torch.as_tensor(target), torch.as_tensor(prediction))
+    return confusion
+
+
+def test_scores_of_a_matrix_worked_by_hand():
+    # target 0: 3 right, 1 taken for 1; target 1: 2 right, 2 taken for 0
+    result = scores(torch.tensor([[3, 1], [2, 2]]))
+    assert result["Overall Acc"] == pytest.approx(5 / 8)
+    assert result["Mean Acc"] == pytest.approx((3 / 4 + 2 / 4) / 2)
+    assert result["Class IoU"] == pytest.approx([3 / 6, 2 / 5])
+    assert result["Mean IoU"] == pytest.approx((3 / 6 + 2 / 5) / 2)
+    assert result["FreqW Acc"] == pytest.approx(0.5 * 3 / 6 + 0.5 * 2 / 5)
+
+
+def test_rows_are_targets_and_columns_predictions():
+    assert scored([[0, 0, 1]], [[1, 1, 0]], 2).matrix().tolist() == [[0, 2], [1, 0]]
+
+
+@pytest.mark.parametrize("num_classes", [2, 21, 127, 128, 255])
+def test_agrees_with_scikit_learn(num_classes):
+    rng = np.random.default_rng(num_classes)
+    target = rng.integers(0, num_classes, 20_000).astype(np.uint8)
+    prediction = np.where(rng.random(20_000) < 0.6, target, rng.integers(0, num_classes, 20_000)).astype(np.uint8)
+    confusion = scored(target, prediction, num_classes)
+    expected = confusion_matrix(target, prediction, labels=range(num_classes))
+    assert (confusion.matrix().numpy() == expected).all()
+    result = confusion.compute()
+    assert result["Overall Acc"] == pytest.approx(accuracy_score(target, prediction))
+    assert result["Mean Acc"] == pytest.approx(balanced_accuracy_score(target, prediction))
+    assert result["Mean IoU"] == pytest.approx(jaccard_score(target, prediction, average="macro"))
+    assert result["FreqW Acc"] == pytest.approx(jaccard_score(target, prediction, average="weighted"))
+
+
+def test_void_is_counted_nowhere():
+    with_void = scored([[0, 1, 255, 255]], [[0, 0, 0, 1]], 2)
+    assert with_void.matrix().tolist() == [[1, 0], [1, 0]]
+
+
+def test_class_in_neither_target_nor_prediction_is_left_out_of_the_mean():
+    result = scored([[0, 0, 1, 1]], [[0, 0, 1, 0]], 4).compute()
+    assert math.isnan(result["Class IoU"][2]) and math.isnan(result["Class IoU"][3])
+    assert result["Mean IoU"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_class_predicted_but_never_in_the_target_counts_0():
+    result = scored([[0, 0, 1, 1]], [[0, 0, 1, 2]], 3).compute()
+    assert result["Class IoU"] == pytest.approx([1, 1 / 2, 0])
+    assert result["Mean IoU"] == pytest.approx(1.5 / 3)
+    assert result["Mean Acc"] == pytest.approx((1 + 1 / 2) / 2)  # over the classes of the target
+
+
+def test_pictures_one_by_one_or_at_once_make_no_difference():
+    generator = torch.Generator().manual_seed(0)
+    target, prediction = torch.randint(0, 5, (2, 6, 9, 7), generator=generator, dtype=torch.uint8)
+    together, apart = scored(target, prediction, 5), ConfusionMatrix(5)
+    for t, p in zip(target, prediction, strict=True):
+        apart.update(t, p)
+    assert torch.equal(together.matrix(), apart.matrix())
+
+
+def test_no_labelled_pixel_gives_nan_not_a_score():
+    result = scored([[255, 255]], [[0, 1]], 2).compute()
+    assert all(math.isnan(result[name]) for name in ("Overall Acc", "Mean Acc", "FreqW Acc", "Mean IoU"))
+
+
+@pytest.mark.parametrize("label", [2, 254])
+def test_label_out_of_range_is_refused_with_its_value(label):
+    with pytest.raises(InputError, match=f"a label of {label}"):
+        scored([[0, label]], [[0, 0]], 2).matrix()
+
+
+@pytest.mark.parametrize("prediction", [2, 255])
+def test_prediction_out_of_range_is_refused_with_its_value(prediction):
+    with pytest.raises(InputError, match=f"a prediction of {prediction}"):
+        scored([[0, 1]], [[prediction, 0]], 2).compute()
+
+
+@pytest.mark.parametrize("value", [-1, 256])
+def test_integers_that_are_no_uint8_are_refused_not_wrapped(value):
+    with pytest.raises(InputError, match="class ids must be in 0..255"):
+        scored([[0, value]], [[0, 0]], 2)
+    with pytest.raises(InputError, match="class ids must be in 0..255"):
+        scored([[0, 0]], [[0, value]], 2)
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="differ in shape"):
+        scored([[0, 1]], [[0, 1, 1]], 2)
+    with pytest.raises(ValueError, match="must be integers"):
+        scored([[0.0, 1.0]], [[0, 1]], 2)
+
+
+def test_empty_update_counts_nothing():
+    empty = torch.zeros(0, 3, dtype=torch.uint8)
+    assert scored(empty, empty, 2).matrix().sum() == 0
+
+
+def test_scores_are_printed_in_the_fields_form():
+    result = scores(torch.tensor([[3, 1], [2, 2]]))
+    assert format_scores(result) == [
+        "Overall Acc: 0.625000",
+        "Mean Acc: 0.625000",
+        "FreqW Acc: 0.450000",
+        "Mean IoU: 0.450000",
+    ]
+    absent = scores(torch.tensor([[1, 0], [0, 0]]))
+    assert format_class_table(absent, ["road", "car"]) == ["class     IoU", "road   1.0000", "car         -"]
