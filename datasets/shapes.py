@@ -10,7 +10,6 @@ gives a class away. The higher its id, the fewer objects a class has; each is in
 borders run around the objects. The same arguments and library versions give the same bytes.
 """
 
-import argparse
 import colorsys
 import json
 import tempfile
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from datasets.files import VOID
 from datasets.voc import voc_colormap
-from utils.errors import InputError, exit_codes
+from utils.cli import Parser, exit_codes
+from utils.errors import InputError
 
 # The data of `--dataset shapes`: background and 6 kinds of objects, drawn in seconds.
 NUM_CLASSES, NUM_IMAGES, SIZE, SEED = 7, 500, 128, 1
@@ -208,17 +208,13 @@ def _is_there(folder: Path, arguments: dict[str, int]) -> bool:
 
 @exit_codes
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.shapes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m datasets.shapes", description="Generate a data set in VOC layout.")
     add = parser.add_argument
     add("--out", required=True, metavar="FOLDER", help="where to write; a set that is there already is kept")
-    add("--classes", type=int, default=NUM_CLASSES, help="2 to 151, background counted (%(default)s)")
-    add("--images", type=int, default=NUM_IMAGES, help="train and val together; a fifth is val (%(default)s)")
-    add("--size", type=int, default=SIZE, help="pixels; sides are 0.75 to 1.25 times that (%(default)s)")
-    add("--seed", type=int, default=SEED, help="another seed draws other pictures (%(default)s)")
+    add("--classes", type=int, default=NUM_CLASSES, help=f"2 to {MAX_CLASSES}, background counted")
+    add("--images", type=int, default=NUM_IMAGES, help="train and val together; a fifth is val")
+    add("--size", type=int, default=SIZE, help="pixels; sides are 0.75 to 1.25 times that")
+    add("--seed", type=int, default=SEED, help="another seed draws other pictures")
     args = parser.parse_args(argv)
     generate(args.out, num_classes=args.classes, num_images=args.images, size=args.size, seed=args.seed)
     num_val = len(range(args.images)[1::VAL_EVERY])

@@ -5,6 +5,7 @@ from torchvision.models.segmentation import deeplabv3_resnet50
 from network import MODELS, build_model
 from network._deeplab import ASPP, ASPPConv, ASPPPooling, DeepLabHead, DeepLabHeadPlus
 from utils.errors import InputError
+from utils.loss import cross_entropy
 
 
 def features(batch=2, channels=8, low_level_channels=6, size=(5, 7)):
@@ -95,7 +96,7 @@ def test_parameter_names_are_those_of_published_checkpoints():
         "classifier.classifier.3.weight": (21, 256, 1, 1),
     }.items():
         assert plus[name].shape == shape
-    assert not [name for name in plus if "fc." in name or "mean" == name]
+    assert not [name for name in plus if "fc." in name or name == "mean"]
     v3 = build_model("deeplabv3_resnet50", num_classes=21).state_dict()
     assert v3["classifier.classifier.0.convs.1.0.weight"].shape == (256, 2048, 3, 3)
     assert v3["classifier.classifier.4.weight"].shape == (21, 256, 1, 1)
@@ -133,3 +134,22 @@ def test_v3plus_shares_torchvisions_backbone_and_aspp(reference):
 def test_what_does_not_exist_is_refused_with_what_does(name, stride, words):
     with pytest.raises(InputError, match=f"{words}: there are"):
         build_model(name, num_classes=2, output_stride=stride)
+
+
+@pytest.mark.parametrize("name", ["deeplabv3plus_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"])
+def test_one_batch_is_overfitted(name):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=3)
+    target = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    target[0, :, 32:], target[1, 32:], target[:, :4] = 1, 2, 255
+    images = torch.randn(2, 3, 64, 64) * 0.3 + target[:, None] % 255
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(40):
+        optimizer.zero_grad()
+        logits = model(images)
+        loss = cross_entropy(logits, target)
+        loss.backward()
+        optimizer.step()
+    valid = target != 255
+    assert loss.item() < 0.2
+    assert (logits.argmax(dim=1) == target)[valid].float().mean() > 0.95

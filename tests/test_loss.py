@@ -29,7 +29,9 @@ def plain_focal(logits, target, gamma):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
 def test_focal_loss_is_the_mean_of_the_formula_over_valid_pixels(gamma):
     logits, target = batch()
-    assert focal_loss(logits, target, gamma=gamma).item() == pytest.approx(plain_focal(logits, target, gamma), rel=1e-9)
+    assert focal_loss(logits, target, gamma=gamma).item() == pytest.approx(
+        plain_focal(logits, target, gamma), rel=1e-9
+    )
 
 
 def test_cross_entropy_is_torchs_mean_over_valid_pixels():

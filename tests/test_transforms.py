@@ -120,7 +120,9 @@ def test_evaluation_changes_nothing():
     assert torch.equal(image, same_image) and torch.equal(mask, same_mask)
 
 
-@pytest.mark.parametrize("arguments", [{"crop_size": 0}, {"crop_size": 9, "scale": (0, 1)}, {"crop_size": 9, "scale": (2, 1)}])
+@pytest.mark.parametrize(
+    "arguments", [{"crop_size": 0}, {"crop_size": 9, "scale": (0, 1)}, {"crop_size": 9, "scale": (2, 1)}]
+)
 def test_impossible_crop_or_scale_is_refused(arguments):
     with pytest.raises(InputError):
         train_transform(**arguments)

@@ -1,0 +1,303 @@
+"""Train, evaluate and resume DeepLabV3 and DeepLabV3+.
+
+    python main.py --download                                # PASCAL VOC 2012 with the defaults
+    python main.py --dataset folder --data_root my_data      # one's own masks, in VOC layout
+    python main.py --dataset shapes --backbone_weights none  # generated data, nothing to download
+    python main.py --continue_training                       # go on where the run stopped
+    python main.py --test_only --ckpt runs/NAME/best.pth     # score a checkpoint
+
+The flags are in `utils/options.py` and under --help. Everything that a run leaves is in runs/NAME.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from datasets import build_dataset
+from datasets.sampler import SameSizeBatches, TrainBatches
+from datasets.transforms import eval_transform, train_transform
+from datasets.voc import SegmentationDataset
+from network import build_model
+from network._deeplab import DeepLab
+from utils.checkpoint import TrainingState, load_checkpoint, load_model_state, require_classes
+from utils.cli import exit_codes
+from utils.engine import RunningMean, autocast, choose_amp, choose_device, evaluate, normalize
+from utils.errors import InputError
+from utils.loss import build_loss
+from utils.metrics import format_class_table, format_scores, scores
+from utils.optimizer import build_optimizer
+from utils.options import default_run_name, differences, get_parser, settle_model
+from utils.plotting import prediction_strip
+from utils.run import ResultWriter, Run, device_name, peak_memory_mb
+from utils.visualizer import SilentVisualizer, Visualizer, build_visualizer
+
+
+@exit_codes
+def main(argv: list[str] | None = None) -> dict:
+    """Runs a command line; returns the last scores, named as in `utils.metrics.scores`."""
+    opts = get_parser().parse_args(argv)
+    device = choose_device(opts.device)
+    amp = choose_amp(opts.amp, device)
+    run, checkpoint = find_run(opts)
+    run.log(f"Device: {device_name(device)}, {str(amp or torch.float32).removeprefix('torch.')}")
+
+    lists = (run.folder.parent if opts.test_only else run.folder) / "splits"
+    val_set = open_split(opts, opts.val_split, eval_transform(), lists)
+    if checkpoint:
+        require_classes(checkpoint, val_set.class_names, opts.ckpt)
+    torch.manual_seed(opts.random_seed)
+    model = build_model(
+        opts.model,
+        num_classes=val_set.num_classes,
+        output_stride=opts.output_stride,
+        backbone_weights="none" if checkpoint else opts.backbone_weights,
+    )
+    if checkpoint:
+        load_model_state(model, checkpoint, opts.ckpt)
+        run.log(f"Model restored from {opts.ckpt}")
+        for line in differences(opts, checkpoint):
+            run.log(f"  {line}")
+    model = model.to(device, memory_format=torch.channels_last)
+    if opts.test_only:
+        return test(opts, run, model=model, test_set=val_set, amp=amp)
+    return train(opts, run, model=model, val_set=val_set, checkpoint=checkpoint, amp=amp)
+
+
+def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
+    """The folder to write to, and the checkpoint to begin with, None to begin from scratch.
+
+    Fills in `opts.model`, `opts.output_stride`, `opts.run_name` and `opts.ckpt`.
+    """
+    checkpoint = load_checkpoint(opts.ckpt) if opts.ckpt else None
+    opts.run_name = opts.run_name or default_run_name(opts, checkpoint)
+    run = Run(Path(opts.run_dir) / opts.run_name)
+
+    if run.exists and not opts.continue_training and not opts.test_only:
+        raise InputError(f"{run.folder}: that run exists; --continue_training goes on, --run_name starts another")
+    own = run.folder / ("best.pth" if opts.test_only else "latest.pth")
+    if checkpoint is None and (opts.test_only or (opts.continue_training and own.is_file())):
+        opts.ckpt, checkpoint = str(own), load_checkpoint(own)
+    elif checkpoint is None and opts.continue_training:
+        run.log(f"{own} is not there: the run starts from the beginning")
+    settle_model(opts, checkpoint)
+
+    if opts.test_only:  # beside the checkpoint's own run, where it belongs to one
+        beside = Path(opts.ckpt).parent
+        run = Run((beside if (beside / "options.json").is_file() else run.folder) / f"test_{opts.val_split}")
+    return run, checkpoint
+
+
+def open_split(opts: argparse.Namespace, split: str, transform: Callable, lists: Path) -> SegmentationDataset:
+    """A split with all its pictures; `lists` holds the split lists of a run on a folder that has none."""
+    dataset = build_dataset(
+        opts.dataset,
+        opts.data_root,
+        split,
+        transform,
+        year=opts.year,
+        download=opts.download,
+        lists=lists,
+        seed=opts.random_seed,
+    )
+    dataset.require_images()
+    return dataset
+
+
+def make_loader(
+    opts: argparse.Namespace, dataset: SegmentationDataset, batches: Sampler, device: torch.device
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=opts.num_workers,
+        persistent_workers=opts.num_workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # of its own: it must not move the one that dropout draws from
+    )
+
+
+def validate(
+    opts: argparse.Namespace, run: Run, *, model: DeepLab, loader: DataLoader, amp: torch.dtype | None
+) -> dict:
+    """Scores a model on the whole of a loader's split, prints the scores and writes them to the run's folder."""
+    dataset = loader.dataset
+    writer = ResultWriter(run.folder / "results", dataset) if opts.save_val_results else None
+    run.log("validation...")
+    confusion = evaluate(model, loader, num_classes=dataset.num_classes, amp=amp, on_batch=writer)
+    matrix = confusion.matrix()
+    if not matrix.any():
+        raise InputError(f"--val_split {opts.val_split}: not one of its pixels is labelled; use another list")
+    result = scores(matrix)
+    run.log("\n".join([*format_scores(result), *format_class_table(result, dataset.class_names)]))
+    run.write_scores(result, matrix, dataset.class_names)
+    return result
+
+
+def test(
+    opts: argparse.Namespace, run: Run, *, model: DeepLab, test_set: SegmentationDataset, amp: torch.dtype | None
+) -> dict:
+    """`--test_only`: scores the model and leaves the scores in the run's `test_<split>` folder."""
+    run.log(f"Dataset: {opts.dataset}, Test set: {len(test_set)} ({opts.val_split})")
+    batches = SameSizeBatches(test_set.sizes(), opts.val_batch_size)
+    loader = make_loader(opts, test_set, batches, model.device)
+    run.start(vars(opts), model.device)
+    result = validate(opts, run, model=model, loader=loader, amp=amp)
+    run.log(f"Scores saved in {run.folder}")
+    return result
+
+
+def train(
+    opts: argparse.Namespace,
+    run: Run,
+    *,
+    model: DeepLab,
+    val_set: SegmentationDataset,
+    checkpoint: dict | None,
+    amp: torch.dtype | None,
+) -> dict:
+    """Sets training up, or takes it up again; returns the scores of its last validation."""
+    if opts.batch_size == 1:
+        raise InputError(
+            "--batch_size 1: after the ASPP's global pooling, batch normalisation would have one value a channel "
+            "to take mean and deviation of; give 2 or more"
+        )
+    transform = train_transform(opts.crop_size, seed=opts.random_seed)
+    train_set = open_split(opts, opts.train_split, transform, run.folder / "splits")
+    run.log(f"Dataset: {opts.dataset}, Train set: {len(train_set)}, Val set: {len(val_set)}")
+    optimizer, scheduler = build_optimizer(opts, model)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=amp is torch.float16)
+    state = TrainingState(model, optimizer, scheduler, scaler)
+    if checkpoint and opts.continue_training:
+        state.restore(checkpoint)
+        run.log(f"Training state restored from {opts.ckpt}")
+        if state.cur_itrs >= opts.total_itrs:
+            run.log(f"finished: {state.cur_itrs} of {opts.total_itrs} iterations are done")
+            return report(run, state, val_set.class_names)
+
+    batches = TrainBatches(
+        len(train_set),
+        batch_size=opts.batch_size,
+        seed=opts.random_seed,
+        total_itrs=opts.total_itrs,
+        start_itr=state.cur_itrs,
+    )
+    val_batches = SameSizeBatches(val_set.sizes(), opts.val_batch_size)
+    loader = make_loader(opts, train_set, batches, model.device)
+    val_loader = make_loader(opts, val_set, val_batches, model.device)
+    run.start(vars(opts), model.device)
+    run.go_on_from(state.cur_itrs)
+    run.keep_splits({opts.train_split: train_set, opts.val_split: val_set})
+    vis = build_visualizer(opts.enable_vis, port=opts.vis_port, env=opts.vis_env, warn=run.log)
+    vis.table("options", vars(opts).items(), header=("option", "value"))
+    try:
+        run_training(opts, run, state=state, loader=loader, val_loader=val_loader, amp=amp, vis=vis)
+    finally:
+        vis.close()
+    return report(run, state, val_set.class_names)
+
+
+def run_training(
+    opts: argparse.Namespace,
+    run: Run,
+    *,
+    state: TrainingState,
+    loader: DataLoader,
+    val_loader: DataLoader,
+    amp: torch.dtype | None,
+    vis: Visualizer | SilentVisualizer,
+) -> None:
+    """The training loop, from `state.cur_itrs` to `--total_itrs`."""
+    model, optimizer, device = state.model, state.optimizer, state.model.device
+    criterion = build_loss(opts.loss_type, focal_gamma=opts.focal_gamma)
+    itrs_per_epoch = loader.batch_sampler.itrs_per_epoch
+    val_interval = opts.val_interval or itrs_per_epoch
+    since_print, since_row, clock = RunningMean(), RunningMean(), time.perf_counter()
+    bar = tqdm(
+        loader,
+        desc="training",
+        initial=state.cur_itrs,
+        total=opts.total_itrs,
+        unit="it",
+        dynamic_ncols=True,
+        disable=None,
+    )
+    model.train()
+    for images, targets in bar:
+        torch.manual_seed(opts.random_seed * 1_000_003 + state.cur_itrs)  # dropout goes by (seed, iteration)
+        lr = optimizer.param_groups[-1]["lr"]
+        with autocast(device, amp):
+            logits = model(normalize(images.to(device, non_blocking=True)))
+            loss = criterion(logits, targets.to(device, non_blocking=True))
+        optimizer.zero_grad(set_to_none=True)
+        state.scaler.scale(loss).backward()
+        state.scaler.step(optimizer)
+        state.scaler.update()
+        state.scheduler.step()
+        state.cur_itrs += 1
+        since_print.add(loss)
+        since_row.add(loss)
+
+        epoch = (state.cur_itrs - 1) // itrs_per_epoch + 1
+        if state.cur_itrs % opts.print_interval == 0:
+            mean, speed = since_print.pop(), (bar.format_dict["rate"] or 0) * opts.batch_size
+            bar.set_postfix_str(f"loss={mean:.4f}, lr={lr:.2e}, {speed:.1f} images/s")
+            run.log(f"Epoch {epoch}, Itrs {state.cur_itrs}/{opts.total_itrs}, Loss={mean:.6f}")
+            vis.curve("loss", state.cur_itrs, mean, name="training loss")
+            vis.curve("learning rate", state.cur_itrs, lr, name="head")
+        if state.cur_itrs % val_interval == 0 or state.cur_itrs == opts.total_itrs:
+            trained = time.perf_counter()
+            state.scores = validate(opts, run, model=model, loader=val_loader, amp=amp)
+            run.add_history(
+                state.scores,
+                epoch=epoch,
+                itr=state.cur_itrs,
+                loss=since_row.pop(),
+                lr=lr,
+                train_seconds=trained - clock,
+                val_seconds=time.perf_counter() - trained,
+                peak_memory_mb=peak_memory_mb(device),
+            )
+            keep(opts, run, state, val_loader.dataset)
+            show(opts, vis, state, val_loader.dataset)
+            clock = time.perf_counter()
+
+
+def keep(opts: argparse.Namespace, run: Run, state: TrainingState, dataset: SegmentationDataset) -> None:
+    """Saves `latest.pth` after each validation, and `best.pth` where its mIoU is the best so far."""
+    names = ["latest.pth"]
+    if state.scores["Mean IoU"] > state.best_score:
+        state.best_score, state.best_itr = state.scores["Mean IoU"], state.cur_itrs
+        run.log(f"new best mIoU: {state.best_score:.6f}")
+        names.append("best.pth")
+    for name in names:
+        state.save(run.folder / name, opts=opts, dataset=dataset)
+        run.log(f"Model saved as {run.folder / name}")
+
+
+def show(
+    opts: argparse.Namespace, vis: Visualizer | SilentVisualizer, state: TrainingState, dataset: SegmentationDataset
+) -> None:
+    """Sends a validation to the dashboard: scores, IoU per class, and strips of image | truth | prediction."""
+    if not opts.enable_vis:
+        return
+    for name in ("Mean IoU", "Overall Acc", "Mean Acc", "FreqW Acc"):
+        vis.curve("validation", state.cur_itrs, state.scores[name], name=name)
+    vis.table("class IoU", zip(dataset.class_names, state.scores["Class IoU"], strict=True), header=("class", "IoU"))
+    ids = dataset.ids[: opts.vis_num_samples]
+    vis.images("sample", [prediction_strip(state.model, dataset, index) for index in range(len(ids))], ids)
+
+
+def report(run: Run, state: TrainingState, class_names: list[str]) -> dict:
+    """Prints the last scores and the best; returns the last."""
+    run.log("\n".join([*format_scores(state.scores), *format_class_table(state.scores, class_names)]))
+    run.log(f"best score and itr: {state.best_score:.6f} {state.best_itr}")
+    return state.scores
+
+
+if __name__ == "__main__":
+    main()

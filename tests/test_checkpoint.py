@@ -1,0 +1,155 @@
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from network import build_model
+from utils.checkpoint import (
+    KEYS,
+    TrainingState,
+    load_checkpoint,
+    load_file,
+    load_model_state,
+    require_classes,
+    save_checkpoint,
+)
+from utils.errors import InputError
+
+
+def complete(**changes):
+    return dict.fromkeys(KEYS, 0) | {"class_names": ["sky", "road"], "model_state": {}} | changes
+
+
+def test_checkpoint_comes_back_and_leaves_no_temporary_file(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", complete(cur_itrs=7, model_state={"w": torch.arange(3)}))
+    checkpoint = load_checkpoint(tmp_path / "a.pth")
+    assert checkpoint["cur_itrs"] == 7 and torch.equal(checkpoint["model_state"]["w"], torch.arange(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_save_that_fails_leaves_the_earlier_checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", complete(cur_itrs=7))
+    with pytest.raises(Exception, match="pickle|local"):
+        save_checkpoint(tmp_path / "a.pth", complete(cur_itrs=8, options=lambda: 0))
+    assert load_checkpoint(tmp_path / "a.pth")["cur_itrs"] == 7
+
+
+def test_missing_file_is_refused_never_ignored(tmp_path):
+    with pytest.raises(InputError, match=r"--ckpt .*typo\.pth: there is no such file"):
+        load_checkpoint(tmp_path / "typo.pth")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("writer", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_file_with_code_in_it_is_refused_and_nothing_runs(tmp_path, writer):
+    writer(complete(options=Malicious(tmp_path / "ran")), tmp_path / "evil.pth")
+    with pytest.raises(InputError, match=r"evil\.pth: holds more than tensors and builtins"):
+        load_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_file_cut_short_is_refused_by_name(tmp_path, keep):
+    save_checkpoint(tmp_path / "a.pth", complete(model_state={"w": torch.randn(1000)}))
+    content = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "a.pth").write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+    with pytest.raises(InputError, match=r"a\.pth") as error:
+        load_checkpoint(tmp_path / "a.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_file_of_another_kind_is_refused(tmp_path):
+    torch.save({"model": {}}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"not a checkpoint of main\.py, it lacks best_itr"):
+        load_checkpoint(tmp_path / "a.pth")
+    torch.save([1, 2], tmp_path / "b.pth")
+    with pytest.raises(InputError, match=r"--backbone_weights .*b\.pth: holds a list"):
+        load_file(tmp_path / "b.pth", "--backbone_weights")
+
+
+def test_other_classes_are_refused_with_both_lists():
+    require_classes(complete(), ["sky", "road"], "a.pth")
+    with pytest.raises(InputError, match=r"2 classes \(sky, road\), but the data set has 2 \(road, sky\)"):
+        require_classes(complete(), ["road", "sky"], "a.pth")
+
+
+def test_weights_of_another_model_are_refused():
+    state = build_model("deeplabv3_mobilenet_v3_large", num_classes=2).state_dict()
+    model = build_model("deeplabv3plus_mobilenet_v3_large", num_classes=2)
+    with pytest.raises(InputError, match=r"a\.pth: its weights do not fit"):
+        load_model_state(model, complete(model_state=state), "a.pth")
+
+
+def training_state(lr=0.1, make=lambda optimizer: lr_scheduler.StepLR(optimizer, 3, 0.5)):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    return TrainingState(model, optimizer, make(optimizer), torch.amp.GradScaler("cpu", enabled=False))
+
+
+def steps(state, count):
+    rates = []
+    for _ in range(count):
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        state.optimizer.zero_grad()
+        state.model(torch.ones(1, 2)).square().sum().backward()
+        state.optimizer.step()
+        state.scheduler.step()
+        state.cur_itrs += 1
+    return rates
+
+
+def frozen(state):
+    checkpoint = {
+        "optimizer_state": state.optimizer.state_dict(),
+        "scaler_state": {},
+        "cur_itrs": state.cur_itrs,
+        "scores": None,
+        "best_score": 0.5,
+        "best_itr": 2,
+    }
+    return copy.deepcopy(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: lr_scheduler.StepLR(optimizer, 3, 0.9),
+        lambda optimizer: lr_scheduler.PolynomialLR(optimizer, 11, 0.9),
+        lambda optimizer: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.LinearLR(optimizer, 0.2, total_iters=4), lr_scheduler.PolynomialLR(optimizer, 11, 0.9)],
+            optimizer,
+        ),
+    ],
+    ids=["step", "poly", "warm-up"],
+)
+@pytest.mark.parametrize("stop", [0, 1, 5, 10])
+def test_rates_and_weights_go_on_bit_for_bit(make, stop):
+    whole = training_state(make=make)
+    rates = steps(whole, 11)
+    first = training_state(make=make)
+    steps(first, stop)
+    second = training_state(make=make)
+    second.model.load_state_dict(first.model.state_dict())
+    second.restore(frozen(first))
+    assert second.cur_itrs == stop and (second.best_score, second.best_itr) == (0.5, 2)
+    assert steps(second, 11 - stop) == rates[stop:]
+    assert torch.equal(second.model.weight, whole.model.weight)
+
+
+def test_rate_of_the_command_line_holds_when_it_changes():
+    first = training_state(lr=0.1)
+    steps(first, 4)
+    second = training_state(lr=1.0)
+    second.restore(frozen(first))
+    assert steps(second, 3) == [0.5, 0.5, 0.25]

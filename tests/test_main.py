@@ -1,0 +1,373 @@
+import csv
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+from tests.conftest import ROOT, TINY, assert_refused, run_main, write_picture
+from utils.run import HISTORY
+
+
+@pytest.fixture
+def start(folder, tmp_path, capsys):
+    """Runs main.py on the small folder; returns (scores, what it printed)."""
+
+    def run(*arguments, root=folder):
+        data = ["--dataset", "folder", "--data_root", str(root), "--run_dir", str(tmp_path / "runs")]
+        scores = main.main([*data, *TINY, *map(str, arguments)])
+        return scores, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(start, capsys):
+    """Runs main.py on something unusable; returns the one line that it printed on stderr."""
+
+    def run(*arguments, **keywords):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            start(*arguments, **keywords)
+        assert stop.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_its_files_and_says_what_the_field_knows(start, tmp_path):
+    scores, out = start("--run_name", "a", "--total_itrs", 5)
+    run = tmp_path / "runs" / "a"
+    assert {path.name for path in run.iterdir()} == {
+        "options.json",
+        "log.txt",
+        "history.csv",
+        "class_iou.csv",
+        "confusion_matrix.csv",
+        "curves.png",
+        "latest.pth",
+        "best.pth",
+    }
+    for line in (
+        "Device: cpu",
+        "Dataset: folder, Train set: 4, Val set: 3",
+        "Epoch 3, Itrs 5/5, Loss=",
+        f"Model saved as {run / 'latest.pth'}",
+        "validation...",
+        "new best mIoU: ",
+        "best score and itr: ",
+        f"Mean IoU: {scores['Mean IoU']:.6f}",
+    ):
+        assert line in out
+        assert line in (run / "log.txt").read_text()
+
+    rows = rows_of(run / "history.csv")
+    assert list(rows[0]) == HISTORY
+    assert [(row["epoch"], row["itr"]) for row in rows] == [("1", "2"), ("2", "4"), ("3", "5")]
+    assert float(rows[-1]["mean_iou"]) == pytest.approx(scores["Mean IoU"], rel=1e-9)
+    assert all(float(row["peak_memory_mb"]) > 100 and float(row["train_seconds"]) > 0 for row in rows)
+
+    options = json.loads((run / "options.json").read_text())
+    assert options["total_itrs"] == 5 and options["model"] == "deeplabv3plus_mobilenet_v3_large"
+    assert options["versions"]["torch"] == torch.__version__ and options["device_name"].startswith("cpu")
+    assert "command" in options and "git_commit" in options
+
+    matrix = np.array([list(row.values())[1:] for row in rows_of(run / "confusion_matrix.csv")], dtype=int)
+    ious = [float(row["iou"]) for row in rows_of(run / "class_iou.csv")]
+    assert matrix.shape == (4, 4)
+    right = matrix.diagonal()
+    assert ious == pytest.approx(right / (matrix.sum(0) + matrix.sum(1) - right), abs=1e-6)
+    with Image.open(run / "curves.png") as picture:
+        assert picture.width >= 1000
+
+
+def test_history_loss_is_the_mean_of_the_iterations_since_the_last_row(start, tmp_path):
+    _, out = start("--run_name", "a", "--total_itrs", 5, "--val_interval", 3)
+    losses = [float(line.split("Loss=")[1]) for line in out.splitlines() if "Loss=" in line]
+    rows = rows_of(tmp_path / "runs" / "a" / "history.csv")
+    assert [float(row["loss"]) for row in rows] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])], abs=1e-5)
+
+
+def test_checkpoint_holds_what_the_contract_says_and_builtins_only(start, tmp_path):
+    scores, _ = start("--run_name", "a", "--total_itrs", 2)
+    checkpoint = torch.load(tmp_path / "runs" / "a" / "latest.pth", weights_only=True)
+    assert {"model_state", "optimizer_state", "scheduler_state", "scaler_state"} <= checkpoint.keys()
+    assert checkpoint["cur_itrs"] == 2 and checkpoint["best_score"] == scores["Mean IoU"]
+    assert checkpoint["class_names"] == ["sky", "road", "tree", "car"]
+    assert np.array(checkpoint["palette"]).shape == (256, 3)
+    assert checkpoint["options"]["lr"] == 0.05
+
+
+def test_test_only_prints_the_same_scores_and_writes_beside_the_run(start, tmp_path):
+    scores, _ = start("--run_name", "a", "--total_itrs", 4)
+    run = tmp_path / "runs" / "a"
+    history = (run / "history.csv").read_bytes()
+    again, out = start("--test_only", "--ckpt", run / "latest.pth")
+    assert again == scores
+    assert f"Model restored from {run / 'latest.pth'}" in out and f"Mean IoU: {scores['Mean IoU']:.6f}" in out
+    assert {path.name for path in (run / "test_val").iterdir()} == {
+        "options.json",
+        "log.txt",
+        "class_iou.csv",
+        "confusion_matrix.csv",
+    }
+    assert (run / "history.csv").read_bytes() == history
+    assert (run / "test_val/class_iou.csv").read_bytes() == (run / "class_iou.csv").read_bytes()
+
+
+def test_test_only_takes_any_list_and_the_runs_best_by_itself(start, tmp_path):
+    start("--run_name", "a", "--total_itrs", 2)
+    _, out = start("--test_only", "--run_name", "a", "--val_split", "train")
+    assert "Test set: 4 (train)" in out
+    assert (tmp_path / "runs/a/test_train/class_iou.csv").is_file()
+
+
+def test_test_only_of_a_checkpoint_without_a_run_writes_to_the_named_run(start, tmp_path):
+    start("--run_name", "a", "--total_itrs", 2)
+    (tmp_path / "runs/a/best.pth").rename(tmp_path / "alone.pth")
+    start("--test_only", "--ckpt", tmp_path / "alone.pth", "--run_name", "b")
+    assert [path.name for path in (tmp_path / "runs/b").iterdir()] == ["test_val"]
+
+
+def test_checkpoint_rebuilds_its_model_without_flags(folder, start, tmp_path):
+    scores, _ = start("--run_name", "a", "--total_itrs", 2)
+    again = main.main(
+        ["--dataset", "folder", "--data_root", str(folder), "--device", "cpu", "--amp", "off", "--num_workers", "0"]
+        + ["--test_only", "--ckpt", str(tmp_path / "runs/a/best.pth")]
+    )
+    assert again == scores
+
+
+def test_results_are_named_by_image_id_in_the_data_sets_colours(start, tmp_path):
+    start("--run_name", "a", "--total_itrs", 2, "--save_val_results")
+    results = tmp_path / "runs" / "a" / "results"
+    assert {path.name for path in (results / "masks").iterdir()} == {"b1.png", "b2.png", "b3.png"}
+    assert {path.name for path in (results / "overlays").iterdir()} == {"b1.jpg", "b2.jpg", "b3.jpg"}
+    with Image.open(results / "masks/b2.png") as mask, Image.open(results / "overlays/b2.jpg") as overlay:
+        assert mask.mode == "P" and mask.size == overlay.size == (40, 52)
+        assert mask.getpalette()[3:6] == [128, 0, 0] and np.array(mask).max() <= 3
+
+
+def test_masks_saved_are_those_that_were_scored(start, folder, tmp_path):
+    start("--run_name", "a", "--total_itrs", 2, "--save_val_results")
+    matrix = np.zeros((4, 4), int)
+    for name in ("b1", "b2", "b3"):
+        target = np.array(Image.open(folder / f"SegmentationClass/{name}.png"))
+        prediction = np.array(Image.open(tmp_path / f"runs/a/results/masks/{name}.png"))
+        np.add.at(matrix, (target[target != 255], prediction[target != 255]), 1)
+    saved = [list(row.values())[1:] for row in rows_of(tmp_path / "runs/a/confusion_matrix.csv")]
+    assert (matrix == np.array(saved, dtype=int)).all()
+
+
+def test_loss_falls(start):
+    flags = "--batch_size 4 --total_itrs 30 --val_interval 30 --crop_size 49 --lr 0.02"
+    _, out = start("--run_name", "a", *flags.split())
+    losses = [float(line.split("Loss=")[1]) for line in out.splitlines() if "Loss=" in line]
+    assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:4])
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "focal_loss"])
+def test_run_is_named_after_model_data_stride_and_loss(start, tmp_path, loss_type):
+    start("--total_itrs", 2, "--loss_type", loss_type)
+    assert (tmp_path / f"runs/deeplabv3plus_mobilenet_v3_large_folder_os16_{loss_type}/best.pth").is_file()
+
+
+def test_focal_gamma_reaches_the_loss(start):
+    first = [
+        start("--run_name", g, "--total_itrs", 2, "--loss_type", "focal_loss", "--focal_gamma", g)[1] for g in "05"
+    ]
+    first = [float(out.split("Loss=")[1].split()[0]) for out in first]
+    assert first[1] < 0.5 * first[0]
+
+
+def test_amp_bf16_trains_on_the_cpu(start):
+    scores, out = start("--total_itrs", 2, "--amp", "bf16")
+    assert "bfloat16" in out and math.isfinite(scores["Mean IoU"])
+
+
+def test_fresh_start_never_overwrites_a_run(start, refused, tmp_path):
+    start("--run_name", "a", "--total_itrs", 2)
+    before = {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()}
+    line = refused("--run_name", "a", "--total_itrs", 4)
+    assert "runs/a: that run exists" in line and "--continue_training" in line and "--run_name" in line
+    assert {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()} == before
+
+
+def test_split_lists_that_were_made_are_kept_with_the_run_and_taken_up_again(folder, start, tmp_path):
+    for path in (folder / "ImageSets/Segmentation").iterdir():
+        path.unlink()
+    before = sorted(folder.rglob("*"))
+    scores, out = start("--run_name", "a", "--total_itrs", 2)
+    lists = tmp_path / "runs/a/splits"
+    train, val = ((lists / f"{name}.txt").read_text().split() for name in ("train", "val"))
+    assert (len(train), len(val)) == (6, 1) and not set(train) & set(val)
+    assert "has no split lists: 1 ids divided off as val" in out
+    assert sorted(folder.rglob("*")) == before
+    again, _ = start("--test_only", "--ckpt", tmp_path / "runs/a/best.pth", "--random_seed", 99)
+    assert again == scores
+
+
+def test_starting_from_weights_keeps_the_model_and_starts_the_count_anew(start, tmp_path):
+    start("--run_name", "a", "--total_itrs", 2)
+    _, out = start("--run_name", "b", "--total_itrs", 1, "--ckpt", tmp_path / "runs/a/best.pth")
+    assert "Model restored from" in out and "Training state restored" not in out
+    assert "Itrs 1/1" in out and "  total_itrs: 2 in the checkpoint, 1 now" in out
+
+
+def test_no_imagenet_download_when_a_checkpoint_is_given(folder, start, tmp_path, monkeypatch):
+    start("--run_name", "a", "--total_itrs", 2)
+    monkeypatch.setattr("network.backbone.download", lambda weights: pytest.fail("downloads"))
+    for flags in (["--test_only"], ["--run_name", "b", "--total_itrs", 1]):
+        start("--backbone_weights", "imagenet", "--ckpt", tmp_path / "runs/a/best.pth", *flags)
+
+
+# --- what cannot be used: exit code 2, one line, nothing written ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch_size", 1], ["--batch_size 1", "global pooling"]),
+        (["--batch_size", 5], ["--batch_size 5", "only 4 images"]),
+        (["--ckpt", "typo.pth"], ["--ckpt typo.pth", "no such file"]),
+        (["--ckpt", "typo.pth", "--test_only"], ["--ckpt typo.pth", "no such file"]),
+        (["--ckpt", "typo.pth", "--continue_training"], ["--ckpt typo.pth", "no such file"]),
+        (["--test_only"], ["best.pth", "no such file"]),
+        (["--val_split", "test"], ["test.txt", "train, val"]),
+        (["--output_stride", 8], ["--output_stride 8", "MobileNetV3"]),
+        (["--backbone_weights", "typo.pth"], ["--backbone_weights typo.pth", "no such file"]),
+        (["--device", "cuda:99"], ["--device cuda:99"]),
+        (["--crop_size", "0"], ["--crop_size", "0 is not in 1 and above"]),
+        (["--no_such_flag"], ["--no_such_flag"]),
+    ],
+)
+def test_bad_option_is_refused_and_nothing_is_written(refused, tmp_path, arguments, words):
+    line = refused(*arguments)
+    assert all(word in line for word in words)
+    assert not (tmp_path / "runs").exists()
+
+
+def damage_size(folder):
+    write_picture(folder / "SegmentationClass/a1.png", np.zeros((9, 9), np.uint8))
+
+
+def damage_colours(folder):
+    write_picture(folder / "SegmentationClass/a1.png", np.zeros((40, 52, 3), np.uint8))
+
+
+def damage_value(folder):
+    write_picture(folder / "SegmentationClass/a1.png", np.full((40, 52), 77, np.uint8))
+
+
+def damage_picture(folder):
+    (folder / "JPEGImages/a1.jpg").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_size, ["a1.png", "9x9", "52x40"]),
+        (damage_colours, ["a1.png", "RGB"]),
+        (damage_value, ["a1.png", "value 77", "0..3"]),
+        (damage_picture, ["a1.jpg", "cannot be read"]),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_sample_met_in_training_is_named(folder, refused, damage, words, workers):
+    damage(folder)
+    line = refused("--run_name", "a", "--total_itrs", 4, "--num_workers", workers)
+    assert all(word in line for word in words) and "Traceback" not in line
+
+
+@pytest.mark.parametrize(
+    ("remove", "words"),
+    [
+        ("JPEGImages/b2.jpg", ["b2.jpg", "1 of 3"]),
+        ("SegmentationClass/a2.png", ["a2.png", "mask is missing"]),
+        ("ImageSets/Segmentation/train.txt", ["train.txt", "no such split list"]),
+        ("class_names.txt", ["class_names.txt", "missing"]),
+    ],
+)
+def test_incomplete_data_is_refused_at_the_start(folder, refused, tmp_path, remove, words):
+    (folder / remove).unlink()
+    line = refused("--run_name", "a")
+    assert all(word in line for word in words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_validation_set_without_a_label_is_refused(folder, refused):
+    for name, shape in (("b1", (40, 52)), ("b2", (52, 40)), ("b3", (40, 52))):
+        write_picture(folder / f"SegmentationClass/{name}.png", np.full(shape, 255, np.uint8))
+    assert "--val_split val: not one of its pixels is labelled" in refused("--total_itrs", 1)
+
+
+def test_flag_that_contradicts_the_checkpoint_is_refused(start, refused, tmp_path):
+    start("--run_name", "a", "--total_itrs", 2)
+    ckpt = tmp_path / "runs/a/best.pth"
+    line = refused("--test_only", "--ckpt", ckpt, "--model", "deeplabv3_mobilenet_v3_large")
+    assert "--model deeplabv3_mobilenet_v3_large: contradicts" in line
+    assert "--output_stride 8: contradicts" in refused("--test_only", "--ckpt", ckpt, "--output_stride", 8)
+
+
+def test_classes_that_do_not_match_are_refused_with_both_lists(folder, start, refused, tmp_path):
+    start("--run_name", "a", "--total_itrs", 2)
+    (folder / "class_names.txt").write_text("sky\nroad\ntree\nhouse\n")
+    line = refused("--test_only", "--ckpt", tmp_path / "runs/a/best.pth")
+    assert "sky, road, tree, car" in line and "sky, road, tree, house" in line
+
+
+def test_voc_without_photographs_is_refused_with_their_count(real_data, tmp_path):
+    arguments = ["--data_root", real_data / "voc2012_masks", "--run_dir", tmp_path / "runs", "--device", "cpu"]
+    assert_refused(run_main(*arguments, "--backbone_weights", "none"), "2007_000033.jpg", "1449 of 1449")
+
+
+# --- as a user starts it ---
+
+
+def test_as_a_script_bad_input_exits_with_2_and_one_line(tmp_path):
+    assert_refused(run_main("--data_root", tmp_path), "VOC2012", "--download")
+
+
+def test_help_names_every_group_and_exits_with_0():
+    result = run_main("--help")
+    assert result.returncode == 0 and "--backbone_lr_factor" in result.stdout and "default: 513" in result.stdout
+
+
+def test_importing_a_script_starts_nothing():
+    code = "import main; print(main.__name__)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "main\n" and result.stderr == ""
+
+
+def test_works_where_worker_processes_are_spawned(folder, tmp_path):
+    code = (
+        "import multiprocessing, main\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        f"    main.main({[*TINY, '--dataset', 'folder', '--data_root', str(folder), '--run_dir', str(tmp_path)]!r} + "
+        "['--total_itrs', '2', '--num_workers', '1'])\n"
+    )
+    (tmp_path / "spawned.py").write_text(code)
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "spawned.py")],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "best score and itr" in result.stdout

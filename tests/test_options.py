@@ -1,0 +1,54 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from utils.errors import InputError
+from utils.options import get_parser
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_defaults_are_the_experiment_of_the_readme():
+    opts = get_parser().parse_args([])
+    assert (opts.lr, opts.backbone_lr_factor, opts.momentum, opts.weight_decay) == (0.01, 0.1, 0.9, 1e-4)
+    assert (opts.lr_policy, opts.step_size, opts.gamma, opts.warmup_itrs) == ("step", 1000, 0.9, 0)
+    assert (opts.total_itrs, opts.batch_size, opts.crop_size, opts.val_interval) == (5000, 8, 513, 0)
+    assert (opts.dataset, opts.loss_type, opts.focal_gamma) == ("voc", "cross_entropy", 2.0)
+    assert (opts.backbone_weights, opts.amp, opts.device, opts.random_seed) == ("imagenet", "auto", "auto", 1)
+
+
+def test_every_flag_is_read_somewhere():
+    sources = [ROOT / "main.py", *(ROOT / "utils").glob("*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    for name in vars(get_parser().parse_args([])):
+        assert re.search(rf"opts\.{name}\b", text) or name in ("model", "output_stride"), f"--{name} is never read"
+
+
+def test_readme_has_a_row_for_every_flag_with_its_default():
+    table = (ROOT / "README.md").read_text()
+    for name, default in vars(get_parser().parse_args([])).items():
+        shown = f"`{default}`" if default is not None and default is not False else ""
+        row = re.search(rf"^\| `--{name}\b[^`]*` \| {re.escape(shown)} \|", table, flags=re.MULTILINE)
+        assert row, f"the README's table has no row for --{name} with default {shown}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--batch_size 0", "--batch_size: 0 is not in 1 and above"),
+        ("--total_itrs -5", "--total_itrs"),
+        ("--lr nan", "--lr: nan is not in 0 and above"),
+        ("--lr inf", "--lr: inf"),
+        ("--gamma 1.5", "--gamma: 1.5 is not in 0..1"),
+        ("--crop_size 33.5", "--crop_size: invalid int value: '33.5'"),
+        ("--model deeplabv4", "--model: invalid choice"),
+        ("--loss_type dice", "--loss_type: invalid choice"),
+        ("--outputstride 16", "unrecognized arguments: --outputstride"),
+        ("--batch 8", "unrecognized arguments: --batch"),
+    ],
+)
+def test_bad_flag_is_one_line_with_flag_and_value(arguments, words):
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        get_parser().parse_args(arguments.split())
+    assert "\n" not in str(error.value)

@@ -1,0 +1,134 @@
+import csv
+
+import pytest
+import torch
+
+import main
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def start(folder, tmp_path, capsys):
+    def run(name, *arguments):
+        data = ["--dataset", "folder", "--data_root", str(folder), "--run_dir", str(tmp_path), "--run_name", name]
+        scores = main.main([*data, *TINY, *map(str, arguments)])
+        return scores, capsys.readouterr().out
+
+    return run
+
+
+def history(path):
+    with (path / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows]
+
+
+def same(first, second):
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    return first == second or (first != first and second != second)
+
+
+@pytest.mark.parametrize("policy", ["step", "poly"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_run_that_stopped_at_a_validation_goes_on_bit_for_bit(start, tmp_path, monkeypatch, capsys, policy, workers):
+    flags = [
+        "--total_itrs",
+        7,
+        "--val_interval",
+        3,
+        "--lr_policy",
+        policy,
+        "--step_size",
+        2,
+        "--num_workers",
+        workers,
+    ]
+    scores, _ = start("whole", *flags)
+
+    class Killed(Exception):
+        pass
+
+    add = main.RunningMean.add
+    calls = []
+
+    def add_until_killed(self, value):
+        calls.append(value)
+        if len(calls) > 2 * 4:  # two means an iteration: in iteration 5, past the validation at 3
+            raise Killed
+        add(self, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main.RunningMean, "add", add_until_killed)
+        with pytest.raises(Killed):
+            start("halves", *flags)
+    capsys.readouterr()
+    again, out = start("halves", *flags, "--continue_training")
+    assert f"Training state restored from {tmp_path / 'halves/latest.pth'}" in out
+    assert "Itrs 4/7" in out and "Itrs 3/7" not in out
+    assert same(again, scores)
+    assert history(tmp_path / "halves") == history(tmp_path / "whole")
+    for name in ("latest.pth", "best.pth"):
+        whole, halves = (torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "halves"))
+        for key in ("model_state", "optimizer_state", "cur_itrs", "best_score", "best_itr", "scores"):
+            assert same(whole[key], halves[key]), key
+
+
+def test_a_worse_model_after_a_resume_does_not_replace_the_best(start, tmp_path):
+    start("a", "--total_itrs", 4)
+    best = torch.load(tmp_path / "a/best.pth", weights_only=True)
+    best["best_score"] = 2.0  # no mIoU reaches it
+    latest = torch.load(tmp_path / "a/latest.pth", weights_only=True) | {"best_score": 2.0}
+    torch.save(best, tmp_path / "a/best.pth")
+    torch.save(latest, tmp_path / "a/latest.pth")
+    before = (tmp_path / "a/best.pth").read_bytes()
+    _, out = start("a", "--total_itrs", 6, "--continue_training")
+    assert "Itrs 6/6" in out and "new best" not in out
+    assert (tmp_path / "a/best.pth").read_bytes() == before
+    assert torch.load(tmp_path / "a/latest.pth", weights_only=True)["best_score"] == 2.0
+
+
+def test_latest_holds_the_best_score_of_its_own_validation(start, tmp_path):
+    scores, _ = start("a", "--total_itrs", 2)
+    latest = torch.load(tmp_path / "a/latest.pth", weights_only=True)
+    assert (latest["best_score"], latest["best_itr"]) == (scores["Mean IoU"], 2)
+
+
+def test_finished_run_prints_its_scores_and_changes_nothing(start, tmp_path):
+    scores, _ = start("a", "--total_itrs", 2)
+    before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    again, out = start("a", "--total_itrs", 2, "--continue_training")
+    assert same(again, scores) and f"Mean IoU: {scores['Mean IoU']:.6f}" in out and "finished" in out
+    assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+
+def test_continuing_what_has_not_begun_starts_it_and_says_so(start, tmp_path):
+    _, out = start("a", "--total_itrs", 2, "--continue_training")
+    assert "latest.pth is not there: the run starts from the beginning" in out
+    assert (tmp_path / "a/latest.pth").is_file()
+
+
+def test_rows_past_the_checkpoint_are_removed_when_it_goes_on(start, tmp_path):
+    start("a", "--total_itrs", 2)
+    latest = (tmp_path / "a/latest.pth").read_bytes()
+    start("a", "--total_itrs", 6, "--continue_training")
+    assert [row["itr"] for row in history(tmp_path / "a")] == ["2", "4", "6"]
+    (tmp_path / "a/latest.pth").write_bytes(latest)
+    start("a", "--total_itrs", 4, "--continue_training")
+    assert [row["itr"] for row in history(tmp_path / "a")] == ["2", "4"]
+
+
+def test_options_that_changed_are_printed_and_hold(start, tmp_path):
+    start("a", "--total_itrs", 2)
+    _, out = start("a", "--total_itrs", 4, "--lr", 0.01, "--continue_training")
+    assert "lr: 0.05 in the checkpoint, 0.01 now" in out
+    assert [float(row["lr"]) for row in history(tmp_path / "a")] == [0.05, 0.01]
+
+
+def test_a_given_checkpoint_can_go_on_in_a_new_run(start, tmp_path):
+    start("a", "--total_itrs", 2)
+    _, out = start("b", "--total_itrs", 4, "--continue_training", "--ckpt", tmp_path / "a/latest.pth")
+    assert "Itrs 3/4" in out and "Itrs 2/4" not in out
+    assert [row["itr"] for row in history(tmp_path / "b")] == ["4"]

@@ -1,0 +1,124 @@
+"""Checkpoints: written whole or not at all, read without executing anything."""
+
+import argparse
+import os
+import pickle
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from datasets.voc import SegmentationDataset
+from utils.errors import InputError
+
+KEYS = {"model_state", "optimizer_state", "scheduler_state", "scaler_state", "cur_itrs", "best_score"}
+KEYS |= {"best_itr", "scores", "options", "class_names", "palette"}
+
+
+@dataclass
+class TrainingState:
+    """All that training changes: what a checkpoint must hold for training to go on as if nothing had been."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    cur_itrs: int = 0
+    best_score: float = -1.0  # below any mIoU: the first one is the best so far
+    best_itr: int = 0
+    scores: dict | None = None  # of the last validation
+
+    def save(self, path: Path, *, opts: argparse.Namespace, dataset: SegmentationDataset) -> None:
+        """Call it after both the optimizer's and the scheduler's step, and after the best score is settled."""
+        checkpoint = {
+            "model_state": self.model.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "scheduler_state": self.scheduler.state_dict(),
+            "scaler_state": self.scaler.state_dict(),
+            "cur_itrs": self.cur_itrs,
+            "best_score": self.best_score,
+            "best_itr": self.best_itr,
+            "scores": self.scores,
+            "options": vars(opts),
+            "class_names": dataset.class_names,
+            "palette": dataset.palette.tolist(),
+        }
+        save_checkpoint(path, checkpoint)
+
+    def restore(self, checkpoint: dict) -> None:
+        """Takes up optimizer, schedule, scaler and scores; the weights are loaded with the model.
+
+        Rates and schedule are the command line's: the schedule is replayed up to the checkpoint's iteration,
+        which gives the very rates of a run that was never interrupted, and the new ones if options changed.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the optimizer has not stepped yet
+            for _ in range(checkpoint["cur_itrs"]):
+                self.scheduler.step()
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"] | {"param_groups": groups})
+        self.scaler.load_state_dict(checkpoint["scaler_state"] if self.scaler.is_enabled() else {})
+        self.cur_itrs, self.scores = checkpoint["cur_itrs"], checkpoint["scores"]
+        self.best_score, self.best_itr = checkpoint["best_score"], checkpoint["best_itr"]
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Writes tensors and builtins to a temporary file beside `path`, then renames it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_file(path: Path, flag: str) -> dict:
+    """A file that `torch.save` wrote, on the CPU: tensors and builtins only, for other content could be code.
+
+    Raises InputError, naming the flag that gave the file.
+    """
+    if not path.is_file():
+        raise InputError(f"{flag} {path}: there is no such file")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols: it loads, or it is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{flag} {path}: holds more than tensors and builtins, or is no checkpoint") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{flag} {path}: cannot be read, it may be cut short ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of this project. Raises InputError for a missing, damaged or foreign file."""
+    checkpoint = load_file(Path(path), "--ckpt")
+    missing = sorted(KEYS - checkpoint.keys())
+    if missing:
+        raise InputError(f"--ckpt {path}: not a checkpoint of main.py, it lacks {', '.join(missing)}")
+    return checkpoint
+
+
+def require_classes(checkpoint: dict, class_names: list[str], path: str) -> None:
+    """Raises InputError, naming both lists, unless the checkpoint was trained on these classes."""
+    theirs = checkpoint["class_names"]
+    if theirs != list(class_names):
+        raise InputError(
+            f"--ckpt {path}: was trained on {len(theirs)} classes ({', '.join(theirs)}), but the data set has "
+            f"{len(class_names)} ({', '.join(class_names)}); give the data set that it was trained on"
+        )
+
+
+def load_model_state(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
+    """Loads the weights. Raises InputError if they are not this model's."""
+    try:
+        model.load_state_dict(checkpoint["model_state"])
+    except RuntimeError as error:
+        raise InputError(f"--ckpt {path}: its weights do not fit the model ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

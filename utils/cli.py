@@ -1,0 +1,55 @@
+"""Command lines alike for every script: flags with bounds, errors of one line, exit codes."""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.errors import InputError
+
+
+class _ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults, takes no abbreviations, and whose errors are InputError."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(formatter_class=_ShowDefaults, allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see --help)")
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: an int or a float from `low` to `high`, both included; never infinite or NaN."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}".replace("..inf", " and above"))
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def exit_codes(main: Callable) -> Callable:
+    """Decorator for a script's `main(argv=None)`: bad input exits with 2 and one line, Ctrl-C with 130."""
+
+    @functools.wraps(main)
+    def wrapper(argv: list[str] | None = None):
+        try:
+            return main(argv)
+        except InputError as error:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return wrapper

@@ -1,0 +1,121 @@
+"""What a trained or half-trained model does with batches: predict and evaluate, on the device to the last."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from network._deeplab import DeepLab
+from utils.errors import InputError
+from utils.metrics import ConfusionMatrix
+
+
+def choose_device(name: str) -> torch.device:
+    """`--device`: "auto" is CUDA where there is one and the CPU otherwise."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        raise InputError(f"--device {name}: cannot be used here ({reason}); try --device cpu") from None
+
+
+def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """`--amp`: the dtype of autocast, None for float32.
+
+    "auto" is bfloat16 where the device computes in it by itself, and float32 elsewhere.
+    """
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if name == "auto" and device.type == "cpu":
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return torch.bfloat16 if has_bf16() else None
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("--amp fp16: is for GPUs; on the CPU use bf16 or off")
+    return {"auto": None, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    # Kept per device: a copy to a GPU at every batch would wait for it.
+    mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
+    return mean.view(3, 1, 1) * 255, std.view(3, 1, 1) * 255
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 RGB `[B, 3, H, W]` to float32 with ImageNet's mean 0 and deviation 1, on the same device, in
+    channels-last order, which convolutions prefer."""
+    mean, std = _statistics(images.device)
+    return (images.contiguous(memory_format=torch.channels_last) - mean).div_(std)
+
+
+class RunningMean:
+    """Mean of scalars that stay on the device until it is asked for."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, value: torch.Tensor) -> None:
+        self.total = self.total + value.detach()
+        self.count += 1
+
+    def pop(self) -> float:
+        """The mean since the last call; NaN if there was nothing. Waits for the device."""
+        mean = float(self.total) / self.count if self.count else float("nan")
+        self.total, self.count = 0.0, 0
+        return mean
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, whatever mode it was in again after."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def predict(model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None) -> torch.Tensor:
+    """Class ids, uint8 `[B, H, W]`, of uint8 RGB `[B, 3, H, W]` by a model in evaluation mode."""
+    with autocast(images.device, amp):
+        logits = model(normalize(images))  # [B, C, H, W]
+    return logits.max(dim=1).indices.to(torch.uint8)  # max is many times faster than argmax on the CPU
+
+
+def evaluate(
+    model: DeepLab,
+    loader: DataLoader,
+    *,
+    num_classes: int,
+    amp: torch.dtype | None = None,
+    on_batch: Callable[[list[int], torch.Tensor, torch.Tensor], None] | None = None,
+) -> ConfusionMatrix:
+    """The confusion matrix of a model over a loader whose batches are `(images, masks)`, uint8, as
+    `SameSizeBatches` makes them; `on_batch(indices, images, predictions)` sees each batch in that order."""
+    device = model.device
+    confusion = ConfusionMatrix(num_classes, device)
+    bar = tqdm(loader, desc="validation", unit="batch", leave=False, dynamic_ncols=True, disable=None)
+    with evaluating(model):
+        for done, (indices, (images, masks)) in enumerate(zip(loader.batch_sampler, bar, strict=True), 1):
+            images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+            predictions = predict(model, images, amp)
+            confusion.update(masks, predictions)
+            if on_batch is not None:
+                on_batch(indices, images, predictions)
+            if done % 10 == 0:  # each look waits for the device
+                bar.set_postfix_str(f"mIoU={confusion.compute()['Mean IoU']:.4f}", refresh=False)
+    return confusion

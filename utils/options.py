@@ -1,0 +1,142 @@
+"""The flags of `main.py`, and what a checkpoint has to say about them."""
+
+import argparse
+
+from datasets import DATASETS
+from network import MODELS
+from utils.cli import Parser, number
+from utils.errors import InputError
+from utils.loss import LOSSES
+
+MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16}  # where no checkpoint decides
+ABOUT_THE_DATA = ("dataset", "data_root", "year")
+# What may differ between two starts of one run without changing what it computes.
+ABOUT_THE_START = {"continue_training", "test_only", "ckpt", "download", "run_name", "run_dir", "num_workers"}
+ABOUT_THE_START |= {"print_interval", "enable_vis", "vis_port", "vis_env", "vis_num_samples", "backbone_weights"}
+
+
+def default_run_name(opts: argparse.Namespace, checkpoint: dict | None) -> str:
+    known = checkpoint["options"] if checkpoint else vars(opts)
+    model, stride = (known[name] or default for name, default in MODEL_DEFAULTS.items())
+    return f"{model}_{opts.dataset}_os{stride}_{opts.loss_type}"
+
+
+def settle_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
+    """Fills in model and output stride: the checkpoint's, or the defaults.
+
+    Raises InputError where a flag given on the command line contradicts the checkpoint.
+    """
+    for name, default in MODEL_DEFAULTS.items():
+        given, stored = getattr(opts, name), checkpoint["options"][name] if checkpoint else None
+        if checkpoint and given is not None and given != stored:
+            raise InputError(f"--{name} {given}: contradicts {opts.ckpt}, which has {stored}; leave the flag out")
+        setattr(opts, name, stored or given or default)
+
+
+def differences(opts: argparse.Namespace, checkpoint: dict) -> list[str]:
+    """A line per option whose value is not what the checkpoint was trained with."""
+    stored, now = checkpoint["options"], vars(opts)
+    names = ABOUT_THE_DATA if opts.test_only else [name for name in now if name not in ABOUT_THE_START]
+    return [
+        f"{name}: {stored.get(name)} in the checkpoint, {now[name]} now"
+        for name in names
+        if stored.get(name) != now[name]
+    ]
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="main.py",
+        usage="main.py [--dataset voc|folder|shapes] [flags]",
+        description="Train, evaluate and resume DeepLabV3 and DeepLabV3+.",
+    )
+    count, ratio = number(int, 1), number(float, 0)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=DATASETS, default="voc", help="shapes is generated: nothing to download")
+    data.add_argument(
+        "--data_root", metavar="DIR", default="datasets/data", help="of voc: what holds VOCdevkit; of folder: itself"
+    )
+    data.add_argument("--year", choices=["2012", "2012_aug"], default="2012", help="of voc")
+    data.add_argument("--download", action="store_true", help="fetch VOC 2012 (2 GB) unless it is there")
+    data.add_argument("--train_split", metavar="LIST", default="train", help="a list in ImageSets/Segmentation")
+    data.add_argument(
+        "--val_split", metavar="LIST", default="val", help="the list to validate or, with --test_only, to test on"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        choices=MODELS,
+        metavar="NAME",
+        help=f"{', '.join(MODELS)} (default: the checkpoint's, or {MODEL_DEFAULTS['model']})",
+    )
+    model.add_argument("--output_stride", type=int, choices=[16, 8], help="(default: the checkpoint's, or 16)")
+    model.add_argument(
+        "--backbone_weights", default="imagenet", metavar="FILE", help="imagenet (downloaded), none, or a FILE"
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--total_itrs", metavar="N", type=count, default=5000, help="iterations (optimizer steps) in all"
+    )
+    training.add_argument("--batch_size", metavar="N", type=count, default=8, help="images a step")
+    training.add_argument(
+        "--crop_size", metavar="N", type=count, default=513, help="pixels, of the square training crop"
+    )
+    training.add_argument(
+        "--num_workers", metavar="N", type=number(int, 0), default=2, help="processes that load data"
+    )
+    training.add_argument("--lr", metavar="X", type=ratio, default=0.01, help="learning rate of the head")
+    training.add_argument(
+        "--backbone_lr_factor", metavar="X", type=ratio, default=0.1, help="lr of the backbone over --lr"
+    )
+    training.add_argument("--momentum", metavar="X", type=number(float, 0, 1), default=0.9, help="of SGD")
+    training.add_argument("--weight_decay", metavar="X", type=ratio, default=1e-4, help="on every parameter")
+    training.add_argument("--lr_policy", choices=["step", "poly"], default="step", help="poly: power 0.9")
+    training.add_argument(
+        "--step_size", metavar="N", type=count, default=1000, help="of step: iterations between two drops"
+    )
+    training.add_argument(
+        "--gamma", metavar="X", type=number(float, 0, 1), default=0.9, help="of step: factor at each drop"
+    )
+    training.add_argument(
+        "--warmup_itrs", metavar="N", type=number(int, 0), default=0, help="iterations of linear warm-up"
+    )
+    training.add_argument("--loss_type", choices=LOSSES, default="cross_entropy", help="mean over the valid pixels")
+    training.add_argument(
+        "--focal_gamma", metavar="X", type=ratio, default=2.0, help="of focal_loss; 0 is cross-entropy"
+    )
+    training.add_argument(
+        "--val_interval", metavar="N", type=number(int, 0), default=0, help="iterations; 0: every epoch"
+    )
+    training.add_argument(
+        "--val_batch_size", metavar="N", type=count, default=8, help="images, of one size, at native size"
+    )
+    training.add_argument(
+        "--print_interval", metavar="N", type=count, default=10, help="iterations between two loss lines"
+    )
+    training.add_argument(
+        "--random_seed", metavar="N", type=number(int, 0), default=1, help="of weights, order and augmentation"
+    )
+    training.add_argument(
+        "--device", metavar="NAME", default="auto", help="auto: cuda where there is one, otherwise cpu"
+    )
+    training.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--run_name", metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
+    run.add_argument("--run_dir", metavar="DIR", default="runs", help="where runs are kept")
+    run.add_argument("--ckpt", metavar="FILE", help="weights to start from, to test, or to go on from")
+    run.add_argument("--continue_training", action="store_true", help="go on from --ckpt or the run's latest.pth")
+    run.add_argument("--test_only", action="store_true", help="score --ckpt (or the run's best.pth) on --val_split")
+    run.add_argument("--save_val_results", action="store_true", help="save id masks and overlays of the pictures")
+
+    live = parser.add_argument_group("dashboard")
+    live.add_argument("--enable_vis", action="store_true", help="send curves to a visdom server")
+    live.add_argument("--vis_port", metavar="N", type=number(int, 1, 65535), default=8097, help="the server's")
+    live.add_argument("--vis_env", metavar="NAME", default="main", help="the dashboard's environment")
+    live.add_argument(
+        "--vis_num_samples", metavar="N", type=number(int, 0), default=8, help="image | truth | prediction strips"
+    )
+    return parser

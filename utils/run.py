@@ -1,0 +1,172 @@
+"""The folder of a run: what it was asked for, what it said, what it scored."""
+
+import csv
+import io
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.voc import SegmentationDataset
+from utils.errors import InputError
+from utils.plotting import draw_curves, overlay
+
+HISTORY = "epoch itr loss lr overall_acc mean_acc freqw_acc mean_iou train_seconds val_seconds peak_memory_mb".split()
+SCORE_COLUMNS = {
+    "overall_acc": "Overall Acc",
+    "mean_acc": "Mean Acc",
+    "freqw_acc": "FreqW Acc",
+    "mean_iou": "Mean IoU",
+}
+
+
+class Run:
+    """`runs/<run_name>`. Nothing is written before `start`, so that bad input leaves nothing behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started = False
+        self._early: list[str] = []  # what was logged before the start
+
+    @property
+    def exists(self) -> bool:
+        return self.folder.is_dir() and any(self.folder.iterdir())
+
+    def start(self, options: dict, device: torch.device) -> None:
+        """Makes the folder and writes `options.json`. Raises InputError where that cannot be done."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "options.json", json.dumps(options | environment(device), indent=2) + "\n")
+            self.started = True
+            self._write_log(self._early)
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written ({error.strerror}); give another --run_dir") from None
+
+    def log(self, message: str) -> None:
+        """A line on the screen, above any progress bar, and in `log.txt`."""
+        tqdm.write(message, file=sys.stdout)
+        if self.started:
+            self._write_log([message])
+        else:
+            self._early.append(message)
+
+    def _write_log(self, lines: list[str]) -> None:
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    def history(self) -> list[dict[str, float]]:
+        """The rows of `history.csv`, one per validation."""
+        path = self.folder / "history.csv"
+        if not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+    def go_on_from(self, cur_itrs: int) -> None:
+        """Drops the rows of the history past the checkpoint that training goes on from."""
+        rows = self.history()
+        if any(row["itr"] > cur_itrs for row in rows):
+            self._write_history([row for row in rows if row["itr"] <= cur_itrs])
+
+    def add_history(self, scores: dict, **row: float) -> None:
+        """One more row, and the curves drawn anew; the file is replaced whole, so it never holds half a row."""
+        row |= {column: scores[name] for column, name in SCORE_COLUMNS.items()}
+        rows = [*self.history(), row]
+        self._write_history(rows)
+        draw_curves({self.folder.name: rows}, self.folder / "curves.png")
+
+    def keep_splits(self, splits: dict[str, SegmentationDataset]) -> None:
+        """Writes down the division of a folder that has no split lists of its own, and says so."""
+        for name, dataset in splits.items():
+            path = self.folder / "splits" / f"{name}.txt"
+            if dataset.made_split and not path.is_file():
+                path.parent.mkdir(exist_ok=True)
+                write_text(path, "\n".join(dataset.ids) + "\n")
+                self.log(f"{dataset.folder} has no split lists: {len(dataset)} ids divided off as {name}, see {path}")
+
+    def _write_history(self, rows: list[dict[str, float]]) -> None:
+        table = [[f"{row[name]:.10g}" for name in HISTORY] for row in rows]
+        write_csv(self.folder / "history.csv", HISTORY, table)
+
+    def write_scores(self, scores: dict, matrix: torch.Tensor, class_names: list[str]) -> None:
+        """`class_iou.csv` and `confusion_matrix.csv` (rows = target)."""
+        ious = [[name, f"{iou:.6f}"] for name, iou in zip(class_names, scores["Class IoU"], strict=True)]
+        write_csv(self.folder / "class_iou.csv", ["class", "iou"], ious)
+        counts = [[name, *row] for name, row in zip(class_names, matrix.tolist(), strict=True)]
+        write_csv(self.folder / "confusion_matrix.csv", ["target \\ prediction", *class_names], counts)
+
+
+class ResultWriter:
+    """`--save_val_results`: for each picture `masks/<id>.png`, class ids in the data set's palette, and
+    `overlays/<id>.jpg`, the same colours over the picture. An `on_batch` of `engine.evaluate`."""
+
+    def __init__(self, folder: Path, dataset: SegmentationDataset) -> None:
+        self.folder, self.ids, self.palette = folder, dataset.ids, dataset.palette
+
+    def __call__(self, indices: list[int], images: torch.Tensor, predictions: torch.Tensor) -> None:
+        for index, image, prediction in zip(indices, images.cpu(), predictions.cpu(), strict=True):
+            mask = Image.fromarray(prediction.numpy())
+            mask.putpalette(self.palette.tobytes())
+            self._save(mask, f"masks/{self.ids[index]}.png")
+            self._save(overlay(image, prediction, self.palette), f"overlays/{self.ids[index]}.jpg")
+
+    def _save(self, picture: Image.Image, name: str) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+
+
+def environment(device: torch.device) -> dict:
+    """What else decides a result: versions, the git commit, the device and the command."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions |= {"torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    return {
+        "versions": versions,
+        "git_commit": git.stdout.strip() or None,
+        "device_name": device_name(device),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory that tensors took on a CUDA device, or the process on the CPU, in MB; NaN if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
