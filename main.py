@@ -11,14 +11,13 @@ The flags are in `utils/options.py` and under --help. Everything that a run leav
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import build_dataset
+from datasets.loader import make_loader, open_split
 from datasets.sampler import SameSizeBatches, TrainBatches
 from datasets.transforms import eval_transform, train_transform
 from datasets.voc import SegmentationDataset
@@ -33,7 +32,7 @@ from utils.metrics import format_class_table, format_scores, scores
 from utils.optimizer import build_optimizer
 from utils.options import default_run_name, differences, get_parser, settle_model
 from utils.plotting import prediction_strip
-from utils.run import ResultWriter, Run, device_name, peak_memory_mb
+from utils.run import SCORE_COLUMNS, ResultWriter, Run, device_name, peak_memory_mb
 from utils.visualizer import SilentVisualizer, Visualizer, build_visualizer
 
 
@@ -92,35 +91,6 @@ def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
     return run, checkpoint
 
 
-def open_split(opts: argparse.Namespace, split: str, transform: Callable, lists: Path) -> SegmentationDataset:
-    """A split with all its pictures; `lists` holds the split lists of a run on a folder that has none."""
-    dataset = build_dataset(
-        opts.dataset,
-        opts.data_root,
-        split,
-        transform,
-        year=opts.year,
-        download=opts.download,
-        lists=lists,
-        seed=opts.random_seed,
-    )
-    dataset.require_images()
-    return dataset
-
-
-def make_loader(
-    opts: argparse.Namespace, dataset: SegmentationDataset, batches: Sampler, device: torch.device
-) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=opts.num_workers,
-        persistent_workers=opts.num_workers > 0,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # of its own: it must not move the one that dropout draws from
-    )
-
-
 def validate(
     opts: argparse.Namespace, run: Run, *, model: DeepLab, loader: DataLoader, amp: torch.dtype | None
 ) -> dict:
@@ -144,7 +114,7 @@ def test(
     """`--test_only`: scores the model and leaves the scores in the run's `test_<split>` folder."""
     run.log(f"Dataset: {opts.dataset}, Test set: {len(test_set)} ({opts.val_split})")
     batches = SameSizeBatches(test_set.sizes(), opts.val_batch_size)
-    loader = make_loader(opts, test_set, batches, model.device)
+    loader = make_loader(test_set, batches, num_workers=opts.num_workers, device=model.device)
     run.start(vars(opts), model.device)
     result = validate(opts, run, model=model, loader=loader, amp=amp)
     run.log(f"Scores saved in {run.folder}")
@@ -187,13 +157,14 @@ def train(
         start_itr=state.cur_itrs,
     )
     val_batches = SameSizeBatches(val_set.sizes(), opts.val_batch_size)
-    loader = make_loader(opts, train_set, batches, model.device)
-    val_loader = make_loader(opts, val_set, val_batches, model.device)
+    loader = make_loader(train_set, batches, num_workers=opts.num_workers, device=model.device)
+    val_loader = make_loader(val_set, val_batches, num_workers=opts.num_workers, device=model.device)
     run.start(vars(opts), model.device)
     run.go_on_from(state.cur_itrs)
     run.keep_splits({opts.train_split: train_set, opts.val_split: val_set})
     vis = build_visualizer(opts.enable_vis, port=opts.vis_port, env=opts.vis_env, warn=run.log)
-    vis.table("options", vars(opts).items(), header=("option", "value"))
+    vis.table("options", [(name, str(value)) for name, value in vars(opts).items()], header=("option", "value"))
+    show_history(vis, run.history())
     try:
         run_training(opts, run, state=state, loader=loader, val_loader=val_loader, amp=amp, vis=vis)
     finally:
@@ -247,7 +218,7 @@ def run_training(
             mean, speed = since_print.pop(), (bar.format_dict["rate"] or 0) * opts.batch_size
             bar.set_postfix_str(f"loss={mean:.4f}, lr={lr:.2e}, {speed:.1f} images/s")
             run.log(f"Epoch {epoch}, Itrs {state.cur_itrs}/{opts.total_itrs}, Loss={mean:.6f}")
-            vis.curve("loss", state.cur_itrs, mean, name="training loss")
+            vis.curve("loss", state.cur_itrs, mean, name="training")
             vis.curve("learning rate", state.cur_itrs, lr, name="head")
         if state.cur_itrs % val_interval == 0 or state.cur_itrs == opts.total_itrs:
             trained = time.perf_counter()
@@ -263,7 +234,9 @@ def run_training(
                 peak_memory_mb=peak_memory_mb(device),
             )
             keep(opts, run, state, val_loader.dataset)
-            show(opts, vis, state, val_loader.dataset)
+            show_history(vis, run.history()[-1:])
+            if opts.enable_vis:
+                show_samples(vis, state, val_loader.dataset, opts.vis_num_samples)
             clock = time.perf_counter()
 
 
@@ -279,16 +252,20 @@ def keep(opts: argparse.Namespace, run: Run, state: TrainingState, dataset: Segm
         run.log(f"Model saved as {run.folder / name}")
 
 
-def show(
-    opts: argparse.Namespace, vis: Visualizer | SilentVisualizer, state: TrainingState, dataset: SegmentationDataset
+def show_history(vis: Visualizer | SilentVisualizer, rows: list[dict[str, float]]) -> None:
+    """Sends rows of the history to the dashboard: all that there are when a run goes on, then each new one."""
+    itrs = [row["itr"] for row in rows]
+    for column, name in SCORE_COLUMNS.items():
+        vis.curve("validation", itrs, [row[column] for row in rows], name=name)
+    vis.curve("loss", itrs, [row["loss"] for row in rows], name="mean since the last validation")
+
+
+def show_samples(
+    vis: Visualizer | SilentVisualizer, state: TrainingState, dataset: SegmentationDataset, num_samples: int
 ) -> None:
-    """Sends a validation to the dashboard: scores, IoU per class, and strips of image | truth | prediction."""
-    if not opts.enable_vis:
-        return
-    for name in ("Mean IoU", "Overall Acc", "Mean Acc", "FreqW Acc"):
-        vis.curve("validation", state.cur_itrs, state.scores[name], name=name)
+    """Sends IoU per class, and strips of image | truth | prediction, to the dashboard."""
     vis.table("class IoU", zip(dataset.class_names, state.scores["Class IoU"], strict=True), header=("class", "IoU"))
-    ids = dataset.ids[: opts.vis_num_samples]
+    ids = dataset.ids[:num_samples]
     vis.images("sample", [prediction_strip(state.model, dataset, index) for index in range(len(ids))], ids)
 
 

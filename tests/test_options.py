@@ -19,7 +19,7 @@ def test_defaults_are_the_experiment_of_the_readme():
 
 
 def test_every_flag_is_read_somewhere():
-    sources = [ROOT / "main.py", *(ROOT / "utils").glob("*.py")]
+    sources = [ROOT / "main.py", *(ROOT / "utils").glob("*.py"), *(ROOT / "datasets").glob("*.py")]
     text = "\n".join(path.read_text() for path in sources)
     for name in vars(get_parser().parse_args([])):
         assert re.search(rf"opts\.{name}\b", text) or name in ("model", "output_stride"), f"--{name} is never read"

@@ -1,0 +1,542 @@
+"""The dashboard against a real visdom server, and against every way in which a server can fail."""
+
+import base64
+import http.server
+import inspect
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+from tests.conftest import TINY
+from utils import visualizer
+from utils.visualizer import SilentVisualizer, Visualizer, build_visualizer
+
+ROOT = Path(__file__).parents[1]
+# visdom imports torch where it finds it; without it a process starts in a fraction of the time.
+NO_TORCH = """
+import sys
+class NoTorch:
+    def find_spec(name, *_):
+        if name == "torch":
+            raise ImportError(name)
+sys.meta_path.insert(0, NoTorch)
+"""
+SERVER = f"""{NO_TORCH}
+from visdom.server.run_server import start_server
+place = {{"port": int(sys.argv[1]), "hostname": "127.0.0.1", "base_url": "", "bind_local": True}}
+start_server(**place, env_path=sys.argv[2])
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def visdom_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-c", SERVER, str(port), str(folder)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **quiet) as process:
+        try:
+            wait_until(lambda: accepts(port))
+            yield process
+        finally:
+            process.kill()  # one that was stopped, too
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    port = free_port()
+    with visdom_server(tmp_path_factory.mktemp("visdom"), port):
+        yield port
+
+
+@pytest.fixture
+def warnings() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorter pauses between the thread's sends and tries, to spare the tests' time."""
+    monkeypatch.setattr(visualizer, "SEND_SECONDS", 0.1)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The thread sends nothing before this event is set."""
+    connect, event = visualizer._connect, threading.Event()
+    monkeypatch.setattr(visualizer, "_connect", lambda *address: event.wait() and connect(*address))
+    return event
+
+
+@pytest.fixture
+def build(port: int, request: pytest.FixtureRequest, warnings: list[str]) -> Callable[[], Visualizer]:
+    """Builds a dashboard on the healthy server, in an environment of the test's own."""
+    return lambda: build_visualizer(True, port=port, env=request.node.name, warn=warnings.append)
+
+
+@pytest.fixture
+def windows(port: int, request: pytest.FixtureRequest) -> Callable[[], dict]:
+    """What the server holds in the test's environment: a window's name to its content."""
+    return lambda: read_windows(port, request.node.name)
+
+
+def read_windows(port: int, env: str) -> dict:
+    body = json.dumps({"win": None, "eid": env}).encode()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/win_data", body, timeout=10) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError:  # nothing was sent to this environment yet
+        return {}
+
+
+def traces(window: dict) -> dict[str, tuple[list, list]]:
+    return {trace["name"]: (trace["x"], trace["y"]) for trace in window["content"]["data"]}
+
+
+def pixels(window: dict) -> np.ndarray:
+    encoded = window["content"]["src"].split("base64,")[1]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))).astype(int)  # [H,W,3]
+
+
+def test_curves_arrive_by_name_with_gaps_for_what_is_not_finite(build, windows, warnings):
+    board = build()
+    board.curve("loss", 10, 0.75, name="loss")
+    board.curve("loss", [20, 30], [0.5, float("nan")], name="loss")
+    board.curve("loss", np.array([40, 50]), torch.tensor([float("inf"), 0.25]), name="loss")
+    board.curve("accuracy", 100, torch.tensor(0.5), name="overall")
+    board.curve("accuracy", 100, 0.25, name="mean")
+    board.curve("accuracy", 200, 0.625, name="overall")
+    board.curve("accuracy", [], [], name="nothing")
+    board.close()
+    assert traces(windows()["loss"]) == {"loss": ([10, 20, 30, 40, 50], [0.75, 0.5, None, None, 0.25])}
+    assert traces(windows()["accuracy"]) == {"overall": ([100, 200], [0.5, 0.625]), "mean": ([100], [0.25])}
+    assert windows()["loss"]["title"] == "loss"
+    layout = windows()["loss"]["content"]["layout"]
+    assert (layout["xaxis"]["title"], layout["yaxis"]["title"]) == ("iteration", "loss")
+    assert warnings == []
+
+
+def test_points_are_on_the_server_while_training_goes_on(build, windows):
+    board = build()
+    board.curve("loss", 1, 0.5, name="loss")
+    wait_until(lambda: "loss" in windows())
+    board.curve("loss", 2, 0.25, name="loss")
+    wait_until(lambda: traces(windows()["loss"]) == {"loss": ([1, 2], [0.5, 0.25])})
+    board.close()
+
+
+def test_a_later_run_begins_its_windows_anew(build, windows):
+    for start in (1, 5):
+        board = build()
+        board.curve("loss", [start, start + 1], [0.5, 0.25], name=f"from {start}")
+        board.close()
+    assert traces(windows()["loss"]) == {"from 5": ([5, 6], [0.5, 0.25])}
+
+
+def test_a_long_curve_is_thinned_evenly_and_keeps_its_first_and_last_point(build, windows):
+    board, count = build(), 10 * visualizer.MAX_POINTS + 3
+    for start in range(0, count, 1000):
+        x = np.arange(start, min(start + 1000, count))
+        board.curve("loss", x, 2.0 * x, name="loss")
+    board.close()
+    x, y = traces(windows()["loss"])["loss"]
+    assert visualizer.MAX_POINTS / 2 <= len(x) <= visualizer.MAX_POINTS
+    assert (x[0], x[-1]) == (0, count - 1)
+    assert set(np.diff(x[:-1])) == {16} and 0 < x[-1] - x[-2] <= 16
+    assert y == [2 * value for value in x]
+
+
+def test_a_curve_that_still_fits_is_not_thinned():
+    line = [(float(i), 0.0) for i in range(visualizer.MAX_POINTS - 1)]
+    assert visualizer._thin(line) == line
+
+
+def test_a_growing_curve_keeps_the_points_that_it_has_shown():
+    line = [(float(i), 0.0) for i in range(9 * visualizer.MAX_POINTS)]
+    shorter, longer = visualizer._thin(line[:-1000]), visualizer._thin(line)
+    assert shorter[:-1] == longer[: len(shorter) - 1]
+
+
+def test_a_table_shows_its_cells_and_escapes_them(build, windows):
+    board = build()
+    board.table("IoU", [("background", 0.93125), ("<b>cat</b> & dog", float("nan"))], header=("class", "IoU"))
+    board.table("options", [("lr", 5e-05), ("model", "deeplabv3plus_resnet50")])
+    board.close()
+    content = windows()["IoU"]["content"]
+    cells = [cell.split(">", 1)[1] for cell in content.replace("</td>", "</th>").split("</th>")[:-1]]
+    assert [cell.rsplit(">", 1)[-1] for cell in cells] == [
+        *("class", "IoU", "background", "0.9313", "&lt;b&gt;cat&lt;/b&gt; &amp; dog", "nan")
+    ]
+    assert content.count("<tr>") == 3 and content.count("<th ") == 2 and "<b>" not in content
+    assert windows()["IoU"]["type"] == "text"
+    options = windows()["options"]["content"]
+    assert ">5e-05<" in options and options.count("<tr>") == 2 and "<th" not in options
+
+
+def test_images_of_different_sizes_arrive_in_their_colours_under_their_captions(build, windows, held):
+    board = build()
+    red, wide = torch.zeros(3, 40, 60, dtype=torch.uint8), np.full((3, 20, 1600), 90, np.uint8)
+    red[0] = 200
+    board.images("sample", [red, wide], ["first <id>", "second"])
+    red[:] = 0  # the caller may reuse its buffer
+    held.set()
+    board.close()
+    first, second = windows()["sample 1"], windows()["sample 2"]
+    assert [first["title"], second["title"]] == ["sample 1: first <id>", "sample 2: second"]
+    assert pixels(first).shape == (40, 60, 3) and pixels(second).shape == (20, 1600, 3)
+    assert np.abs(pixels(first) - [200, 0, 0]).max() <= 5 and np.abs(pixels(second) - 90).max() <= 5
+    assert (second["width"], second["height"]) == (700, 8)  # on the page
+
+
+def test_a_batch_of_images_is_taken_too(build, windows):
+    board, batch = build(), torch.full((2, 3, 8, 8), 10, dtype=torch.uint8)
+    batch[1] = 250
+    board.images("sample", batch, ["dark", "light"])
+    board.close()
+    assert np.abs(pixels(windows()["sample 1"]) - 10).max() <= 3
+    assert np.abs(pixels(windows()["sample 2"]) - 250).max() <= 3
+
+
+def test_close_saves_for_a_restart_of_the_server_and_ends_the_thread(tmp_path):
+    port, warnings = free_port(), []
+    with visdom_server(tmp_path, port):
+        board = build_visualizer(True, port=port, env="kept", warn=warnings.append)
+        board.curve("loss", [1, 2], [0.5, 0.25], name="loss")
+        board.close()
+        board.curve("loss", 3, 0.125, name="loss")
+        board.close()
+        assert not board._thread.is_alive()
+    with visdom_server(tmp_path, port):
+        assert traces(read_windows(port, "kept")["loss"]) == {"loss": ([1, 2], [0.5, 0.25])}
+    assert warnings == []
+
+
+def test_a_proxy_in_the_environment_is_not_asked(build, windows, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    board = build()
+    board.curve("loss", 1, 0.5, name="loss")
+    board.close()
+    assert traces(windows()["loss"]) == {"loss": ([1], [0.5])}
+
+
+@contextmanager
+def answering(statuses: Iterator[int]) -> Iterator[tuple[int, list[bytes]]]:
+    """An HTTP server that answers with one status after the other. Yields its port and the bodies posted."""
+    bodies = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(next(statuses))
+            self.send_header("Location", "/login")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_port, bodies
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def always(status: int) -> Iterator[int]:
+    return iter(lambda: status, None)
+
+
+@contextmanager
+def failing_server(kind: str, folder: Path) -> Iterator[int]:
+    if kind == "missing":
+        yield free_port()
+    elif kind.isdigit():
+        with answering(always(int(kind))) as (port, _):
+            yield port
+    elif kind == "stopped":
+        port = free_port()
+        with visdom_server(folder, port) as process:
+            process.send_signal(signal.SIGSTOP)
+            yield port
+    else:  # a socket that nobody serves: connections are accepted by the kernel, until its backlog is full
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen(0 if kind == "full" else 8)
+            waiting = [socket.socket() for _ in range(4)] if kind == "full" else []
+            for client in waiting:
+                client.setblocking(False)
+                client.connect_ex(server.getsockname())
+            if kind == "dripping":
+                threading.Thread(target=drip, args=(server,), daemon=True).start()
+            yield server.getsockname()[1]
+            for client in waiting:
+                client.close()
+
+
+def drip(server: socket.socket) -> None:
+    """Answers the first connection with a byte now and then, for longer than anybody should wait."""
+    client, _ = server.accept()
+    with client:
+        for _ in range(100):
+            client.send(b"x")
+            time.sleep(0.1)
+
+
+KINDS = ["missing", "hanging", "dripping", "stopped", "full", "500", "403", "404", "302"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_fails_costs_a_second_and_one_warning(kind, tmp_path, warnings, capfd):
+    with failing_server(kind, tmp_path) as port:
+        start = time.monotonic()
+        board = build_visualizer(True, port=port, env="main", warn=warnings.append)
+        for itr in range(1000):
+            board.curve("loss", itr, 0.5, name="loss")
+        board.table("IoU", [("cat", 0.5)])
+        board.images("sample", np.zeros((2, 3, 64, 64), np.uint8), ["a", "b"])
+        called = time.monotonic() - start
+        board.close()
+        board.close()
+        total = time.monotonic() - start
+        assert called < 0.5 and total < 1.5  # with room for a loaded machine
+    assert len(warnings) == 1 and warnings[0].startswith("the dashboard is off, training is not affected: ")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("missing", "no answer from 127.0.0.1:{port} (ConnectionError); docs/dashboard.md tells"),
+        ("hanging", "no answer from 127.0.0.1:{port} (ReadTimeout); docs/dashboard.md tells"),
+        ("500", "http://127.0.0.1:{port}/events answered 500; is it visdom's server?"),
+    ],
+)
+def test_the_warning_comes_during_training_and_says_why(kind, reason, tmp_path, warnings, hurried):
+    with failing_server(kind, tmp_path) as port:
+        board = build_visualizer(True, port=port, env="main", warn=warnings.append)
+
+        def warned() -> bool:
+            board.curve("loss", 1, 0.5, name="loss")
+            return bool(warnings)
+
+        wait_until(warned)
+        start = time.monotonic()
+        board.close()
+        assert time.monotonic() - start < 0.5  # nothing is left to wait for
+    assert board._pending == {}  # nor kept
+    assert len(warnings) == 1 and reason.format(port=port) in warnings[0]
+
+
+def test_a_server_killed_half_way_costs_one_warning(tmp_path, warnings, capfd, hurried):
+    port, waited = free_port(), 0.0
+    with visdom_server(tmp_path, port) as process:
+        board = build_visualizer(True, port=port, env="main", warn=warnings.append)
+        board.curve("loss", 0, 0.5, name="loss")
+        wait_until(lambda: "loss" in read_windows(port, "main"))
+        process.kill()
+        process.wait()
+        for itr in range(1000):
+            start = time.monotonic()
+            board.curve("loss", itr, 0.5, name="loss")
+            waited += time.monotonic() - start
+            time.sleep(0.001)
+        start = time.monotonic()
+        board.close()
+        waited += time.monotonic() - start
+    assert waited < 1.6
+    assert len(warnings) == 1 and "no answer" in warnings[0]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_server_that_fails_twice_is_asked_again_and_nothing_is_lost(warnings, hurried):
+    with answering(iter([500, 500, *[200] * 9])) as (port, bodies):
+        board = build_visualizer(True, port=port, env="main", warn=warnings.append)
+        board.curve("loss", [1, 2], [0.5, 0.25], name="loss")
+        wait_until(lambda: len(bodies) == 3)
+        board.close()
+    (trace,) = json.loads(bodies[2])["data"]
+    assert (trace["x"], trace["y"]) == ([1, 2], [0.5, 0.25])
+    assert json.loads(bodies[-1])["data"] == ["main"]  # the environment to save
+    assert warnings == []
+
+
+def test_pictures_that_were_not_sent_give_way_to_newer_ones(held):
+    with answering(always(200)) as (port, bodies):
+        board = build_visualizer(True, port=port, env="main", warn=pytest.fail)
+        for step in range(5):
+            board.images("sample", np.zeros((1, 3, 8, 8), np.uint8), [f"step {step}"])
+        held.set()
+        board.close()
+    assert [json.loads(body)["opts"]["title"] for body in bodies[:-1]] == ["sample 1: step 4"]
+
+
+def slowly() -> Iterator[int]:
+    while True:
+        time.sleep(0.1)
+        yield 200
+
+
+def test_close_waits_for_a_server_that_answers_slowly(monkeypatch):
+    monkeypatch.setattr(visualizer, "GRACE_SECONDS", 0.3)
+    with answering(slowly()) as (port, bodies):
+        board = build_visualizer(True, port=port, env="main", warn=pytest.fail)
+        for number in range(6):
+            board.curve(f"loss {number}", 1, 0.5, name="loss")
+        board.close()
+    assert len(bodies) == 7  # with the save
+
+
+def test_close_does_not_wait_for_ever_for_a_server_that_answers_slowly(warnings, monkeypatch):
+    monkeypatch.setattr(visualizer, "FLUSH_SECONDS", 0.5)
+    with answering(slowly()) as (port, _):
+        board = build_visualizer(True, port=port, env="main", warn=warnings.append)
+        for number in range(20):
+            board.curve(f"loss {number}", 1, 0.5, name="loss")
+        start = time.monotonic()
+        board.close()
+        assert time.monotonic() - start < 1.5
+    assert len(warnings) == 1 and warnings[0].endswith("the server did not take the last updates in time")
+
+
+def test_a_slow_import_of_visdom_is_not_taken_for_a_silent_server(build, windows, warnings, monkeypatch):
+    connect = visualizer._connect
+    monkeypatch.setattr(visualizer, "_connect", lambda *address: time.sleep(0.5) or connect(*address))
+    monkeypatch.setattr(visualizer, "GRACE_SECONDS", 0.2)
+    board = build()
+    board.curve("loss", 1, 0.5, name="loss")
+    board.close()
+    assert traces(windows()["loss"]) == {"loss": ([1], [0.5])} and warnings == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "closing", "expected"), [("hanging", "", 0), ("hanging", "board.close()", 1), ("200", "", 0)]
+)
+def test_a_process_ends_whatever_its_server_does(kind, closing, expected, tmp_path):
+    code = f"""{NO_TORCH}
+import time
+from utils.visualizer import build_visualizer
+board = build_visualizer(True, port=int(sys.argv[1]), env="main", warn=print)
+board.curve("loss", 1, 0.5, name="loss")
+time.sleep(0.7)  # into the middle of a request
+{closing}
+print("trained")
+"""
+    with failing_server(kind, tmp_path) as port:
+        process = subprocess.run(
+            [sys.executable, "-c", code, str(port)], cwd=ROOT, capture_output=True, text=True, timeout=15
+        )
+    assert (process.returncode, process.stderr) == (0, "")
+    *warnings, last = process.stdout.splitlines()
+    assert len(warnings) == expected and last == "trained"
+
+
+def test_without_visdom_there_is_one_warning(monkeypatch, warnings):
+    monkeypatch.setitem(sys.modules, "visdom", None)
+    board = build_visualizer(True, port=free_port(), env="main", warn=warnings.append)
+    board.curve("loss", 1, 0.5, name="loss")
+    board.close()
+    assert len(warnings) == 1 and "pip install visdom" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda board: board.curve("loss", [1, 2], [0.5], name="loss"), r"x \(2,\) and y \(1,\)"),
+        (lambda board: board.curve("loss", [[1]], [[0.5]], name="loss"), r"x \(1, 1\)"),
+        (lambda board: board.images("s", np.zeros((1, 3, 4, 4)), ["a"]), r"float64 \[3, 4, 4\]"),
+        (lambda board: board.images("s", np.zeros((1, 4, 4, 3), np.uint8), ["a"]), r"uint8 \[4, 4, 3\]"),
+        (lambda board: board.images("s", np.zeros((2, 3, 4, 4), np.uint8), ["a"]), "2 images but 1 captions"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_where_it_is_given(draw, message, build):
+    board = build()
+    with pytest.raises(ValueError, match=message):
+        draw(board)
+    board.close()
+
+
+def test_the_stand_in_does_nothing_and_leaves_visdom_alone():
+    code = """
+import sys, threading
+from utils.visualizer import build_visualizer
+board = build_visualizer(False, port=1, env="main", warn=print)
+board.curve("loss", 1, 0.5, name="loss")
+board.table("IoU", [("cat", 0.5)], header=("class", "IoU"))
+board.images("sample", [], [])
+board.close()
+print("visdom" in sys.modules, "requests" in sys.modules, threading.active_count())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (process.stdout, process.stderr) == ("False False 1\n", "")
+
+
+def test_the_stand_in_has_every_method():
+    methods = {name for name, _ in inspect.getmembers(Visualizer, inspect.isfunction) if name[0] != "_"}
+    assert methods == {"curve", "table", "images", "close"}
+    assert all(callable(getattr(SilentVisualizer, name)) for name in methods)
+
+
+def test_a_run_and_its_continuation_show_all_there_is(folder: Path, tmp_path: Path, port: int) -> None:
+    data = ["--dataset", "folder", "--data_root", str(folder), "--run_dir", str(tmp_path), "--run_name", "a"]
+    vis = ["--enable_vis", "--vis_port", str(port), "--vis_env", "run", "--vis_num_samples", "2"]
+    main.main([*data, *TINY, *vis, "--total_itrs", "2"])
+    main.main([*data, *TINY, *vis, "--total_itrs", "4", "--continue_training"])
+    shown = read_windows(port, "run")
+    lines = {line["name"]: line for line in shown["validation"]["content"]["data"]}
+    assert set(lines) == {"Mean IoU", "Overall Acc", "Mean Acc", "FreqW Acc"}
+    assert lines["Mean IoU"]["x"] == [2, 4]
+    losses = {line["name"]: line["x"] for line in shown["loss"]["content"]["data"]}
+    assert losses == {"mean since the last validation": [2, 4], "training": [3, 4]}
+    assert "car" in shown["class IoU"]["content"] and "total_itrs" in shown["options"]["content"]
+    assert {"sample 1", "sample 2", "learning rate"} <= shown.keys() and "sample 3" not in shown
+
+
+def test_training_without_a_server_warns_once_and_gives_the_same_scores(folder: Path, tmp_path: Path, capsys) -> None:
+    data = ["--dataset", "folder", "--data_root", str(folder), "--run_dir", str(tmp_path), *TINY, "--total_itrs", "4"]
+    plain = main.main([*data, "--run_name", "plain"])
+    capsys.readouterr()
+    scores = main.main([*data, "--run_name", "vis", "--enable_vis", "--vis_port", str(free_port())])
+    out = capsys.readouterr().out
+    assert scores == plain
+    assert out.count("the dashboard is off") == 1
