@@ -132,3 +132,12 @@ def test_a_given_checkpoint_can_go_on_in_a_new_run(start, tmp_path):
     _, out = start("b", "--total_itrs", 4, "--continue_training", "--ckpt", tmp_path / "a/latest.pth")
     assert "Itrs 3/4" in out and "Itrs 2/4" not in out
     assert [row["itr"] for row in history(tmp_path / "b")] == ["4"]
+
+
+@pytest.mark.parametrize("text", ["epoch,itr\n1,2\n", "no table", "\0\0"])
+def test_history_that_was_damaged_is_refused_by_name(start, tmp_path, capsys, text):
+    start("a", "--total_itrs", 2)
+    (tmp_path / "a/history.csv").write_text(text + "\nx\n")
+    with pytest.raises(SystemExit) as stop:
+        start("a", "--total_itrs", 4, "--continue_training")
+    assert stop.value.code == 2 and "history.csv: is not a history" in capsys.readouterr().err

@@ -68,8 +68,11 @@ class Run:
         path = self.folder / "history.csv"
         if not path.is_file():
             return []
-        with path.open(newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                return [{name: float(row[name]) for name in HISTORY} for row in csv.DictReader(file)]
+        except (ValueError, TypeError, KeyError, csv.Error):
+            raise InputError(f"{path}: is not a history that main.py wrote; restore it or remove it") from None
 
     def go_on_from(self, cur_itrs: int) -> None:
         """Drops the rows of the history past the checkpoint that training goes on from."""
