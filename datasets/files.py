@@ -60,13 +60,22 @@ def read_size(path: Path) -> tuple[int, int]:
         raise InputError(f"{path}: cannot be read as a mask ({error}); replace it, or remove its id") from None
 
 
+def require_one_size(image: torch.Tensor, mask: torch.Tensor, mask_path: Path) -> None:
+    """Raises InputError unless the picture `[3, H, W]` and its mask `[H, W]` go together."""
+    if image.shape[-2:] != mask.shape:
+        raise InputError(
+            f"{mask_path}: the mask is {mask.shape[1]}x{mask.shape[0]}, its picture "
+            f"{image.shape[2]}x{image.shape[1]}; they must be of one size"
+        )
+
+
 def read_ids(path: Path) -> list[str]:
     """The image ids of a split list, one a line."""
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.txt"))
         there = f"{path.parent} has {', '.join(known)}" if known else f"{path.parent} has no lists"
         raise InputError(f"{path}: there is no such split list ({there})")
-    ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    ids = _read_lines(path)
     if not ids:
         raise InputError(f"{path}: the split is empty; write one image id a line")
     return ids
@@ -76,11 +85,18 @@ def read_class_names(path: Path) -> list[str]:
     """One class name a line, in the order of the ids. labelme's `__ignore__` is void and not counted."""
     if not path.is_file():
         raise InputError(f"{path}: missing; write one class name a line, in the order of the mask values")
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    names = [name for name in names if name != "__ignore__"]
+    names = [name for name in _read_lines(path) if name != "__ignore__"]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"{path}: {twice[0]!r} stands there twice; give each class a name of its own")
     if not 2 <= len(names) <= VOID:
         raise InputError(f"{path}: {len(names)} classes; it takes 2 to {VOID}, for {VOID} is void")
     return names
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error}); save it as UTF-8") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]

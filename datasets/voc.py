@@ -14,7 +14,15 @@ import torch
 from torchvision import tv_tensors
 
 from datasets.download import download_voc
-from datasets.files import IMAGE_SUFFIXES, existing_folder, read_ids, read_image, read_mask, read_size
+from datasets.files import (
+    IMAGE_SUFFIXES,
+    existing_folder,
+    read_ids,
+    read_image,
+    read_mask,
+    read_size,
+    require_one_size,
+)
 from utils.errors import InputError
 
 VOC_CLASSES = (
@@ -77,12 +85,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.folder, self.ids, self.transform = folder, ids, transform
         self.class_names, self.palette = list(class_names), palette
         self.masks = [mask_folder / f"{id}.png" for id in ids]
-        missing_masks = [path for path in self.masks if not path.is_file()]
-        if missing_masks:
-            raise InputError(
-                f"{missing_masks[0]}: the mask is missing ({len(missing_masks)} of {len(ids)} in this split); "
-                "add it, or take its id off the list"
-            )
+        self.require_masks()
         self.images = [_find_image(folder / "JPEGImages", id) for id in ids]
         self.missing_images = [path for path in self.images if not path.is_file()]
 
@@ -96,16 +99,29 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         self.require_images()
-        image, mask = read_image(self.images[index]), read_mask(self.masks[index], self.num_classes)
-        if image.shape[-2:] != mask.shape:
-            raise InputError(
-                f"{self.masks[index]}: the mask is {mask.shape[1]}x{mask.shape[0]}, its picture "
-                f"{image.shape[2]}x{image.shape[1]}; they must be of one size"
-            )
+        image, mask = self.image(index), self.mask(index)
+        require_one_size(image, mask, self.masks[index])
         image, mask = tv_tensors.Image(image), tv_tensors.Mask(mask)
         if self.transform is not None:
             image, mask = self.transform(image, mask, epoch=epoch, index=index)
         return image, mask
+
+    def image(self, index: int) -> torch.Tensor:
+        """The picture as it is, uint8 RGB `[3, H, W]`."""
+        return read_image(self.images[index])
+
+    def mask(self, index: int) -> torch.Tensor:
+        """The annotation as it is, uint8 class ids `[H, W]`; it is there even where the photographs are missing."""
+        return read_mask(self.masks[index], self.num_classes)
+
+    def require_masks(self) -> None:
+        """Raises InputError if masks are missing."""
+        missing = [path for path in self.masks if not path.is_file()]
+        if missing:
+            raise InputError(
+                f"{missing[0]}: the mask is missing ({len(missing)} of {len(self)} in this split); "
+                "add it, or take its id off the list"
+            )
 
     def require_images(self) -> None:
         """Raises InputError if pictures are missing: annotations alone serve statistics, not training."""
@@ -154,7 +170,9 @@ class VOCSegmentation(SegmentationDataset):
             )
         lists, masks = folder / "ImageSets" / "Segmentation", "SegmentationClass"
         if year == "2012_aug" and image_set in ("train", "train_aug"):
-            ids, masks = _augmented_ids(Path(root), lists), "SegmentationClassAug"
+            path, masks = augmented_list(Path(root), lists), "SegmentationClassAug"
+            ids = read_ids(path)
+            self.require_apart(path, ids, read_ids(lists / "val.txt"))
         else:
             ids = read_ids(lists / f"{image_set}.txt")
         super().__init__(
@@ -166,18 +184,21 @@ class VOCSegmentation(SegmentationDataset):
             transform=transform,
         )
 
+    def require_apart(self, path: Path, ids: list[str], val_ids: list[str]) -> None:
+        """Raises InputError if the training list at `path` shares an id with `val`."""
+        shared = sorted(set(ids) & set(val_ids))
+        if shared:
+            raise InputError(f"{path}: {shared[0]} is in val too ({len(shared)} such ids); take them off the list")
+
 
 def _find_image(folder: Path, id: str) -> Path:
     candidates = [folder / f"{id}{suffix}" for suffix in IMAGE_SUFFIXES]
     return next((path for path in candidates if path.is_file()), candidates[0])
 
 
-def _augmented_ids(root: Path, lists: Path) -> list[str]:
+def augmented_list(root: Path, lists: Path) -> Path:
+    """Where the list of 2012_aug lies: beside the other lists or in root. Raises InputError if nowhere."""
     path = next((p for p in (lists / "train_aug.txt", root / "train_aug.txt") if p.is_file()), None)
     if path is None:
         raise InputError(f"{lists / 'train_aug.txt'}: missing, and not in {root} either; 2012_aug needs that list")
-    ids = read_ids(path)
-    shared = sorted(set(ids) & set(read_ids(lists / "val.txt")))
-    if shared:
-        raise InputError(f"{path}: {shared[0]} is in val too ({len(shared)} such ids); take them off the list")
-    return ids
+    return path

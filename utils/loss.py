@@ -6,6 +6,7 @@ Each is the mean over the valid pixels, computed in float32, and zero with zero 
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -52,3 +53,30 @@ def _pixel_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Te
 
 def _mean_of_valid(loss: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return loss.sum() / (target != IGNORE_INDEX).sum().clamp_min(1)
+
+
+CLASS_WEIGHTS = ("inverse", "median_frequency")
+
+
+def class_weights(method: str, pixels: np.ndarray, image_pixels: np.ndarray | None = None) -> torch.Tensor:
+    """The weights of `--class_weights`, float32 `[C]`, from counts over the training set, integers `[C]`.
+
+    pixels: labelled pixels of each class. image_pixels: all labelled pixels of the images that show the class.
+    "inverse": 1 / frequency, scaled so that the mean weight of a labelled pixel is 1 and a learning rate keeps
+    its meaning: all pixels / (classes * pixels of the class).
+    "median_frequency": median(f) / f with f = pixels / image_pixels (Eigen and Fergus 2015, arXiv 1411.4734,
+    section 6.3.2), not scaled further.
+    A class without a pixel has weight 0, for it is no target, and takes no part in the count or the median.
+    Raises InputError for another method.
+    """
+    if method not in CLASS_WEIGHTS:
+        raise InputError(f"--class_weights {method}: there are {', '.join(CLASS_WEIGHTS)}")
+    weights, present = np.zeros(len(pixels)), pixels > 0
+    if method == "inverse":
+        weights[present] = pixels.sum() / (present.sum() * pixels[present])
+    elif image_pixels is None:
+        raise ValueError("median_frequency needs image_pixels")
+    elif present.any():
+        frequency = pixels[present] / image_pixels[present]
+        weights[present] = np.median(frequency) / frequency
+    return torch.from_numpy(weights).float()
