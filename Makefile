@@ -6,7 +6,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # From random weights on generated pictures: one learning rate for all layers, warmed up, down to zero at the end.
-DEMO := --dataset shapes --backbone_weights none --run_name demo --total_itrs 300 --crop_size 128 \
+DEMO := --dataset shapes --backbone_weights none --run_name demo --total_itrs 400 --crop_size 128 \
 	--lr 0.05 --backbone_lr_factor 1 --lr_policy poly --warmup_itrs 30
 
 .PHONY: demo test

@@ -66,7 +66,7 @@ def class_statistics(dataset: SegmentationDataset) -> ClassStatistics:
     )
 
 
-def choose_samples(statistics: ClassStatistics, num: int, seed: int) -> list[int]:
+def choose_samples(statistics: ClassStatistics, num: int, seed: int, *, must_cover: bool = True) -> list[int]:
     """Indices of `num` images that together show every class that the split has, for a grid of pictures.
 
     Each step turns to the classes that were shown least so far and takes, of the images with the rarest of
@@ -74,9 +74,12 @@ def choose_samples(statistics: ClassStatistics, num: int, seed: int) -> list[int
     every class (greedy: small, not proven smallest), and the further ones spread over the classes.
     An image counts for a class that fills 1% of it, void included, or for a class that fills so much nowhere,
     where it fills most; only if `num` images of that kind do not suffice, for each class with a pixel in it.
-    Raises InputError if `num` exceeds the images, or is too small for this choice to cover the classes.
+    Raises InputError if `num` exceeds the images, or is too small for this choice to cover the classes; without
+    `must_cover` the choice is cut short instead.
     """
     _, distinct = np.unique(statistics.ids, return_index=True)  # an id may be listed twice
+    if not must_cover:
+        num = min(num, len(distinct))
     if num > len(distinct):
         raise InputError(f"--num {num}: the split has only {len(distinct)} images; lower it")
     order = np.random.default_rng(seed).permutation(distinct)
@@ -87,10 +90,10 @@ def choose_samples(statistics: ClassStatistics, num: int, seed: int) -> list[int
     chosen = _spread(visible, num)
     if len(chosen) > num:
         chosen = min(chosen, _spread(any_pixel, num), key=len)
-    if len(chosen) > num:
+    if len(chosen) > num and must_cover:
         total = np.count_nonzero(statistics.pixels)
         raise InputError(f"--num {num}: too few images to show all {total} classes; give {len(chosen)} or more")
-    return order[chosen].tolist()
+    return order[chosen[:num]].tolist()
 
 
 def _spread(shows: np.ndarray, num: int) -> list[int]:
