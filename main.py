@@ -10,6 +10,7 @@ The flags are in `utils/options.py` and under --help. Everything that a run leav
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict:
     lists = (run.folder.parent if opts.test_only else run.folder) / "splits"
     val_set = open_split(opts, opts.val_split, eval_transform(), lists)
     if checkpoint:
-        require_classes(checkpoint, val_set.class_names, opts.ckpt)
+        require_classes(checkpoint["class_names"], val_set.class_names, opts.ckpt)
     torch.manual_seed(opts.random_seed)
     model = build_model(
         opts.model,
@@ -72,6 +73,8 @@ def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
 
     Fills in `opts.model`, `opts.output_stride`, `opts.run_name` and `opts.ckpt`.
     """
+    if opts.test_only and opts.continue_training:
+        raise InputError("--test_only: goes without --continue_training; leave one of them out")
     checkpoint = load_checkpoint(opts.ckpt) if opts.ckpt else None
     opts.run_name = opts.run_name or default_run_name(opts, checkpoint)
     run = Run(Path(opts.run_dir) / opts.run_name)
@@ -79,13 +82,16 @@ def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
     if run.exists and not opts.continue_training and not opts.test_only:
         raise InputError(f"{run.folder}: that run exists; --continue_training goes on, --run_name starts another")
     own = run.folder / ("best.pth" if opts.test_only else "latest.pth")
-    if checkpoint is None and (opts.test_only or (opts.continue_training and own.is_file())):
+    if (opts.test_only and checkpoint is None) or (opts.continue_training and own.is_file()):
+        if checkpoint and Path(opts.ckpt) != own:
+            run.log(f"{own} is there: the run goes on from it, not from {opts.ckpt}")
         opts.ckpt, checkpoint = str(own), load_checkpoint(own)
-    elif checkpoint is None and opts.continue_training:
+    elif opts.continue_training and checkpoint is None:
         run.log(f"{own} is not there: the run starts from the beginning")
     settle_model(opts, checkpoint)
 
-    if opts.test_only:  # beside the checkpoint's own run, where it belongs to one
+    if opts.test_only:  # beside the checkpoint's own run, where it belongs to one, and on its division of the data
+        opts.random_seed = checkpoint["options"]["random_seed"]
         beside = Path(opts.ckpt).parent
         run = Run((beside if (beside / "options.json").is_file() else run.folder) / f"test_{opts.val_split}")
     return run, checkpoint
@@ -116,6 +122,7 @@ def test(
     batches = SameSizeBatches(test_set.sizes(), opts.val_batch_size)
     loader = make_loader(test_set, batches, num_workers=opts.num_workers, device=model.device)
     run.start(vars(opts), model.device)
+    run.keep_splits({opts.val_split: test_set})
     result = validate(opts, run, model=model, loader=loader, amp=amp)
     run.log(f"Scores saved in {run.folder}")
     return result
@@ -147,7 +154,8 @@ def train(
         run.log(f"Training state restored from {opts.ckpt}")
         if state.cur_itrs >= opts.total_itrs:
             run.log(f"finished: {state.cur_itrs} of {opts.total_itrs} iterations are done")
-            return report(run, state, val_set.class_names)
+            run.log("\n".join([*format_scores(state.scores), *format_class_table(state.scores, val_set.class_names)]))
+            return report(run, state)
 
     batches = TrainBatches(
         len(train_set),
@@ -169,7 +177,7 @@ def train(
         run_training(opts, run, state=state, loader=loader, val_loader=val_loader, amp=amp, vis=vis)
     finally:
         vis.close()
-    return report(run, state, val_set.class_names)
+    return report(run, state)
 
 
 def run_training(
@@ -215,19 +223,20 @@ def run_training(
 
         epoch = (state.cur_itrs - 1) // itrs_per_epoch + 1
         if state.cur_itrs % opts.print_interval == 0:
-            mean, speed = since_print.pop(), (bar.format_dict["rate"] or 0) * opts.batch_size
+            mean, speed = finite(since_print.pop(), state.cur_itrs), (bar.format_dict["rate"] or 0) * opts.batch_size
             bar.set_postfix_str(f"loss={mean:.4f}, lr={lr:.2e}, {speed:.1f} images/s")
             run.log(f"Epoch {epoch}, Itrs {state.cur_itrs}/{opts.total_itrs}, Loss={mean:.6f}")
             vis.curve("loss", state.cur_itrs, mean, name="training")
             vis.curve("learning rate", state.cur_itrs, lr, name="head")
         if state.cur_itrs % val_interval == 0 or state.cur_itrs == opts.total_itrs:
+            loss = finite(since_row.pop(), state.cur_itrs)  # waits for the device: the clock is read after it
             trained = time.perf_counter()
             state.scores = validate(opts, run, model=model, loader=val_loader, amp=amp)
             run.add_history(
                 state.scores,
                 epoch=epoch,
                 itr=state.cur_itrs,
-                loss=since_row.pop(),
+                loss=loss,
                 lr=lr,
                 train_seconds=trained - clock,
                 val_seconds=time.perf_counter() - trained,
@@ -236,17 +245,17 @@ def run_training(
             keep(opts, run, state, val_loader.dataset)
             show_history(vis, run.history()[-1:])
             if opts.enable_vis:
-                show_samples(vis, state, val_loader.dataset, opts.vis_num_samples)
+                show_samples(vis, state, val_loader.dataset, num_samples=opts.vis_num_samples, amp=amp)
             clock = time.perf_counter()
 
 
 def keep(opts: argparse.Namespace, run: Run, state: TrainingState, dataset: SegmentationDataset) -> None:
     """Saves `latest.pth` after each validation, and `best.pth` where its mIoU is the best so far."""
-    names = ["latest.pth"]
+    names = ["latest.pth"]  # the last one: were it first, a kill in between would lose the best model
     if state.scores["Mean IoU"] > state.best_score:
         state.best_score, state.best_itr = state.scores["Mean IoU"], state.cur_itrs
         run.log(f"new best mIoU: {state.best_score:.6f}")
-        names.append("best.pth")
+        names.insert(0, "best.pth")
     for name in names:
         state.save(run.folder / name, opts=opts, dataset=dataset)
         run.log(f"Model saved as {run.folder / name}")
@@ -261,19 +270,33 @@ def show_history(vis: Visualizer | SilentVisualizer, rows: list[dict[str, float]
 
 
 def show_samples(
-    vis: Visualizer | SilentVisualizer, state: TrainingState, dataset: SegmentationDataset, num_samples: int
+    vis: Visualizer | SilentVisualizer,
+    state: TrainingState,
+    dataset: SegmentationDataset,
+    *,
+    num_samples: int,
+    amp: torch.dtype | None,
 ) -> None:
     """Sends IoU per class, and strips of image | truth | prediction, to the dashboard."""
     vis.table("class IoU", zip(dataset.class_names, state.scores["Class IoU"], strict=True), header=("class", "IoU"))
     ids = dataset.ids[:num_samples]
-    vis.images("sample", [prediction_strip(state.model, dataset, index) for index in range(len(ids))], ids)
+    vis.images("sample", [prediction_strip(state.model, dataset, index, amp) for index in range(len(ids))], ids)
 
 
-def report(run: Run, state: TrainingState, class_names: list[str]) -> dict:
-    """Prints the last scores and the best; returns the last."""
-    run.log("\n".join([*format_scores(state.scores), *format_class_table(state.scores, class_names)]))
+def report(run: Run, state: TrainingState) -> dict:
+    """Prints the last score and the best; returns the last scores."""
+    run.log(f"last score and itr: {state.scores['Mean IoU']:.6f} {state.cur_itrs}")
     run.log(f"best score and itr: {state.best_score:.6f} {state.best_itr}")
     return state.scores
+
+
+def finite(loss: float, itr: int) -> float:
+    """Raises InputError for a loss that training cannot come back from, before such weights are saved."""
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the loss is {loss} at iteration {itr}: lower --lr, warm up (--warmup_itrs), or give --amp off"
+        )
+    return loss
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from datasets.folder import FolderSegmentation
 from datasets.voc import SegmentationDataset, VOCSegmentation
+from utils.errors import InputError
 
 DATASETS = ("voc", "folder", "shapes")
 
@@ -34,4 +35,4 @@ def build_dataset(
         from datasets import shapes  # here, for `python -m datasets.shapes` warns if it was imported before
 
         return FolderSegmentation(shapes.generate(Path(root) / "shapes"), split, transform)
-    raise ValueError(f"no data set is named {name!r}; there are {', '.join(DATASETS)}")
+    raise InputError(f"no data set is named {name!r}; there are {', '.join(DATASETS)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.files import VOID, existing_folder, read_class_names, read_ids
+from datasets.files import UNREADABLE, VOID, existing_folder, read_class_names, read_ids
 from datasets.voc import SegmentationDataset, voc_colormap
 from utils.errors import InputError
 
@@ -30,9 +30,10 @@ class FolderSegmentation(SegmentationDataset):
     ) -> None:
         folder = existing_folder(Path(root))
         class_names = read_class_names(folder / "class_names.txt")
-        masks = existing_folder(folder / "SegmentationClass")
+        masks = folder / "SegmentationClass"
         if (folder / "SegmentationClassPNG").is_dir() and not any(masks.glob("*.png")):
             masks = folder / "SegmentationClassPNG"
+        existing_folder(masks)
         own_lists = folder / "ImageSets" / "Segmentation"
         self.made_split = not any(own_lists.glob("*.txt"))
         if not self.made_split:
@@ -69,7 +70,7 @@ def _own_palette(mask: Path, num_classes: int) -> np.ndarray:
     try:
         with Image.open(mask) as picture:
             own = picture.getpalette("RGB") if picture.mode == "P" else None
-    except (OSError, ValueError, SyntaxError):
+    except UNREADABLE:
         return palette  # reading this mask as a mask names the fault
     if not own:
         return palette

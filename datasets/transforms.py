@@ -6,6 +6,7 @@ parameters are drawn here, from a generator of the sample's own, and v2's functi
 """
 
 import numpy as np
+import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -42,7 +43,11 @@ class TrainTransform:
         padding = [before_x, before_y, after_x, after_y]
         box, size = [top, left, height, width], [size_y, size_x]
         image = F.resized_crop(image, *box, size, InterpolationMode.BILINEAR, antialias=True)  # [3, size_y, size_x]
-        mask = F.resized_crop(mask, *box, size, InterpolationMode.NEAREST)  # [size_y, size_x]
+        # Exact, for NEAREST rounds down, which shifts a mask by up to half a pixel against its picture; and through
+        # a plain tensor, for a tv_tensors.Mask is always resized with NEAREST.
+        plain = mask.as_subclass(torch.Tensor)[None]  # [1, H, W]
+        plain = F.resized_crop(plain, *box, size, InterpolationMode.NEAREST_EXACT)
+        mask = tv_tensors.wrap(plain[0], like=mask)  # [size_y, size_x]
         if any(padding):
             image = F.pad(image, padding, fill=MEAN_COLOUR)  # [3, crop_size, crop_size]
             mask = F.pad(mask, padding, fill=VOID)  # [crop_size, crop_size]

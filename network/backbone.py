@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import URLError
 
 import torch
 from torch import nn
@@ -53,7 +52,9 @@ def load_backbone(network: nn.Module, source: str, imagenet: models.WeightsEnum)
     unused = ("fc.", "classifier.")  # the ImageNet classifier of a ResNet and of a MobileNet
     state = {name: value for name, value in state.items() if not name.startswith(unused)}
     own = {name: value for name, value in network.state_dict().items() if not name.startswith(unused)}
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    counters = {name for name in own if name.endswith("num_batches_tracked")}  # older files have none
+    wrong = [name for name in own if name not in state.keys() | counters]
+    wrong += [name for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
     wrong += [name for name in state if name not in own]
     if wrong:
         kind = type(network).__name__
@@ -65,11 +66,15 @@ def load_backbone(network: nn.Module, source: str, imagenet: models.WeightsEnum)
 
 
 def download(imagenet: models.WeightsEnum) -> dict[str, torch.Tensor]:
+    """torchvision's weights, from its cache where they are there. Raises InputError if they cannot be had."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(imagenet.url).name
+    was_there = cached.is_file()
     try:
         return imagenet.get_state_dict(progress=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
+    except Exception as error:  # no network, a wrong hash, or anything that a damaged file raises
+        if was_there:
+            raise InputError(f"--backbone_weights imagenet: {cached} is damaged; delete it and run again") from None
         raise InputError(
             f"--backbone_weights imagenet: {imagenet.url} could not be downloaded ({error}); put the file into "
-            f"{folder}, or give --backbone_weights FILE, or none to start from random weights"
+            f"{cached.parent}, or give --backbone_weights FILE, or none to start from random weights"
         ) from None

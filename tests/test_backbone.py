@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -56,12 +57,36 @@ def test_backbone_file_of_another_network_is_refused(tmp_path, damage):
         build_model("deeplabv3_resnet50", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
 
 
+def published(name):
+    """A state dict as the files of torchvision's first ImageNet weights have it: without batch norms' counters."""
+    state = models.get_model(name).state_dict()
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v3_large"])
+def test_files_older_than_the_counters_of_batch_norm_are_loaded(tmp_path, name):
+    torch.save(published(name), tmp_path / "w.pth")
+    build_model(f"deeplabv3_{name}", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 cut short"])
+def test_damaged_file_in_the_cache_is_named_for_deletion(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    cached = tmp_path / "checkpoints" / Path(models.ResNet50_Weights.IMAGENET1K_V1.url).name
+    cached.parent.mkdir()
+    cached.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{cached.name} is damaged; delete it"):
+        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights="imagenet")
+
+
 def test_missing_backbone_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--backbone_weights .*w\.pth: there is no such file"):
         build_model("deeplabv3_resnet50", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
 
 
-def test_failed_imagenet_download_says_what_to_do(monkeypatch):
+def test_failed_imagenet_download_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+
     def unreachable(*arguments, **keywords):
         raise URLError("no route to host")
 
@@ -75,7 +100,7 @@ def test_imagenet_weights_are_asked_for_by_address_and_hash(monkeypatch):
 
     def serve(url, **keywords):
         asked.update(url=url, **keywords)
-        return models.resnet50().state_dict()
+        return published("resnet50")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", serve)
     build_model("deeplabv3_resnet50", num_classes=2, backbone_weights="imagenet")

@@ -2,6 +2,7 @@ import copy
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -35,6 +36,7 @@ def test_save_that_fails_leaves_the_earlier_checkpoint(tmp_path):
     with pytest.raises(Exception, match="pickle|local"):
         save_checkpoint(tmp_path / "a.pth", complete(cur_itrs=8, options=lambda: 0))
     assert load_checkpoint(tmp_path / "a.pth")["cur_itrs"] == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
 def test_missing_file_is_refused_never_ignored(tmp_path):
@@ -68,6 +70,23 @@ def test_file_cut_short_is_refused_by_name(tmp_path, keep):
     assert "\n" not in str(error.value)
 
 
+def test_damaged_files_are_refused_whatever_is_damaged(tmp_path):
+    rng = np.random.default_rng(0)
+    for legacy in (False, True):
+        path = tmp_path / "a.pth"
+        content = complete(model_state={"w": torch.randn(30)})
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        sound = np.frombuffer(path.read_bytes(), np.uint8)
+        for _ in range(150):
+            damaged = sound.copy()
+            damaged[rng.integers(0, len(sound), 4)] = rng.integers(0, 256, 4)
+            path.write_bytes(damaged.tobytes())
+            try:
+                load_checkpoint(path)  # damage to a number may go unseen
+            except InputError as error:
+                assert "a.pth" in str(error) and "\n" not in str(error)
+
+
 def test_file_of_another_kind_is_refused(tmp_path):
     torch.save({"model": {}}, tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"not a checkpoint of main\.py, it lacks best_itr"):
@@ -78,9 +97,9 @@ def test_file_of_another_kind_is_refused(tmp_path):
 
 
 def test_other_classes_are_refused_with_both_lists():
-    require_classes(complete(), ["sky", "road"], "a.pth")
+    require_classes(["sky", "road"], ["sky", "road"], "a.pth")
     with pytest.raises(InputError, match=r"2 classes \(sky, road\), but the data set has 2 \(road, sky\)"):
-        require_classes(complete(), ["road", "sky"], "a.pth")
+        require_classes(["sky", "road"], ["road", "sky"], "a.pth")
 
 
 def test_weights_of_another_model_are_refused():
@@ -145,6 +164,16 @@ def test_rates_and_weights_go_on_bit_for_bit(make, stop):
     assert second.cur_itrs == stop and (second.best_score, second.best_itr) == (0.5, 2)
     assert steps(second, 11 - stop) == rates[stop:]
     assert torch.equal(second.model.weight, whole.model.weight)
+
+
+@pytest.mark.parametrize("stored", [{}, {"scale": 512.0}])
+def test_training_goes_on_in_fp16_whether_or_not_it_began_so(stored):
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    checkpoint = frozen(training_state()) | {"scaler_state": scaler.state_dict() | stored if stored else {}}
+    state = training_state()
+    state.scaler = scaler
+    state.restore(checkpoint)
+    assert scaler.state_dict()["scale"] == stored.get("scale", 65536.0)
 
 
 def test_rate_of_the_command_line_holds_when_it_changes():

@@ -39,6 +39,11 @@ def test_older_labelme_folder_of_masks_is_found(folder):
     assert FolderSegmentation(folder).masks[0].parent.name == "SegmentationClassPNG"
 
 
+def test_older_labelme_folder_alone_will_do(folder):
+    (folder / "SegmentationClass").rename(folder / "SegmentationClassPNG")
+    assert len(FolderSegmentation(folder)) == 4
+
+
 def test_photographs_may_be_of_another_format(folder):
     for path in list((folder / "JPEGImages").iterdir()):
         with Image.open(path) as picture:

@@ -139,6 +139,7 @@ def test_test_only_of_a_checkpoint_without_a_run_writes_to_the_named_run(start, 
     (tmp_path / "runs/a/best.pth").rename(tmp_path / "alone.pth")
     start("--test_only", "--ckpt", tmp_path / "alone.pth", "--run_name", "b")
     assert [path.name for path in (tmp_path / "runs/b").iterdir()] == ["test_val"]
+    start("--run_name", "b", "--total_itrs", 1)  # the name is still free for a training
 
 
 def test_checkpoint_rebuilds_its_model_without_flags(folder, start, tmp_path):
@@ -197,6 +198,37 @@ def test_amp_bf16_trains_on_the_cpu(start):
     assert "bfloat16" in out and math.isfinite(scores["Mean IoU"])
 
 
+def test_options_hold_what_the_loss_was_made_of(start, tmp_path):
+    start("--run_name", "a", "--total_itrs", 1, "--loss_type", "focal_loss")
+    options = json.loads((tmp_path / "runs/a/options.json").read_text())
+    assert options["loss_type"] == "focal_loss" and options["focal_gamma"] == 2.0
+
+
+def test_training_needs_no_git(start, tmp_path, monkeypatch):
+    def missing(*arguments, **keywords):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr("utils.run.subprocess.run", missing)
+    start("--run_name", "a", "--total_itrs", 1)
+    assert json.loads((tmp_path / "runs/a/options.json").read_text())["git_commit"] is None
+
+
+def test_interrupt_exits_with_130(start, monkeypatch, capsys):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "normalize", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        start("--total_itrs", 2)
+    assert stop.value.code == 130 and "Traceback" not in capsys.readouterr().err
+
+
+def test_diverged_training_stops_before_anything_is_saved(refused, tmp_path):
+    line = refused("--run_name", "a", "--total_itrs", 6, "--lr", "1e30", "--print_interval", 100)
+    assert "the loss is" in line and "lower --lr" in line
+    assert not (tmp_path / "runs/a/best.pth").exists()
+
+
 def test_fresh_start_never_overwrites_a_run(start, refused, tmp_path):
     start("--run_name", "a", "--total_itrs", 2)
     before = {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()}
@@ -217,6 +249,9 @@ def test_split_lists_that_were_made_are_kept_with_the_run_and_taken_up_again(fol
     assert sorted(folder.rglob("*")) == before
     again, _ = start("--test_only", "--ckpt", tmp_path / "runs/a/best.pth", "--random_seed", 99)
     assert again == scores
+    (tmp_path / "runs/a/best.pth").rename(tmp_path / "alone.pth")
+    alone, out = start("--test_only", "--ckpt", tmp_path / "alone.pth", "--run_name", "b", "--random_seed", 99)
+    assert alone == scores and "1 ids divided off as val" in out
 
 
 def test_starting_from_weights_keeps_the_model_and_starts_the_count_anew(start, tmp_path):
@@ -250,6 +285,7 @@ def test_no_imagenet_download_when_a_checkpoint_is_given(folder, start, tmp_path
         (["--backbone_weights", "typo.pth"], ["--backbone_weights typo.pth", "no such file"]),
         (["--device", "cuda:99"], ["--device cuda:99"]),
         (["--crop_size", "0"], ["--crop_size", "0 is not in 1 and above"]),
+        (["--test_only", "--continue_training"], ["--test_only", "--continue_training"]),
         (["--no_such_flag"], ["--no_such_flag"]),
     ],
 )

@@ -90,6 +90,22 @@ def test_a_worse_model_after_a_resume_does_not_replace_the_best(start, tmp_path)
     assert torch.load(tmp_path / "a/latest.pth", weights_only=True)["best_score"] == 2.0
 
 
+def test_a_kill_between_the_two_saves_does_not_lose_the_best(start, tmp_path, monkeypatch):
+    save = main.TrainingState.save
+    saved = []
+
+    def save_once(self, path, **keywords):
+        if saved:
+            raise OSError("killed")
+        saved.append(path.name)
+        save(self, path, **keywords)
+
+    monkeypatch.setattr(main.TrainingState, "save", save_once)
+    with pytest.raises(OSError, match="killed"):
+        start("a", "--total_itrs", 2)
+    assert saved == ["best.pth"]
+
+
 def test_latest_holds_the_best_score_of_its_own_validation(start, tmp_path):
     scores, _ = start("a", "--total_itrs", 2)
     latest = torch.load(tmp_path / "a/latest.pth", weights_only=True)
@@ -125,6 +141,16 @@ def test_options_that_changed_are_printed_and_hold(start, tmp_path):
     _, out = start("a", "--total_itrs", 4, "--lr", 0.01, "--continue_training")
     assert "lr: 0.05 in the checkpoint, 0.01 now" in out
     assert [float(row["lr"]) for row in history(tmp_path / "a")] == [0.05, 0.01]
+
+
+def test_runs_own_latest_wins_over_a_given_checkpoint(start, tmp_path):
+    start("a", "--total_itrs", 2)
+    from_a = ["--continue_training", "--ckpt", tmp_path / "a/latest.pth"]
+    start("b", "--total_itrs", 4, *from_a)
+    _, out = start("b", "--total_itrs", 6, *from_a)
+    assert f"the run goes on from it, not from {tmp_path / 'a/latest.pth'}" in out
+    assert "Itrs 5/6" in out and "Itrs 4/6" not in out
+    assert [row["itr"] for row in history(tmp_path / "b")] == ["4", "6"]
 
 
 def test_a_given_checkpoint_can_go_on_in_a_new_run(start, tmp_path):

@@ -52,6 +52,20 @@ def test_picture_and_mask_stay_aligned():
         assert clear.any() and (quadrant[clear] == target[clear]).all()
 
 
+@pytest.mark.parametrize("scale", [0.6, 0.75, 1.3, 1.7])
+def test_masks_are_not_shifted_against_their_pictures(scale):
+    transform = train_transform(32, scale=(scale, scale), flip=0.0)
+    offsets = []
+    for index in range(400):
+        mask = (torch.arange(101) >= 30 + index % 41).byte().expand(101, 101)  # one vertical edge
+        image = (mask * 255).expand(3, 101, 101)
+        crop, target = transform(tv_tensors.Image(image), tv_tensors.Mask(mask), index=index)
+        if 0 < target[0].sum() < 32:  # the edge is in the crop
+            offsets.append(crop[0, 0].float().sum().item() / 255 - target[0].sum().item())
+    assert len(offsets) > 50
+    assert abs(np.mean(offsets)) < 0.2  # in pixels; rounding down would make it about 0.4
+
+
 def test_masks_are_never_interpolated():
     mask = tv_tensors.Mask(torch.where(torch.rand(50, 50) < 0.5, 0, 20).byte())
     image = tv_tensors.Image(torch.zeros(3, 50, 50, dtype=torch.uint8))
@@ -85,14 +99,16 @@ def plain(image, mask, rng, crop_size):
     scale = rng.uniform(0.5, 2.0)
     height, width = (max(1, round(side * scale)) for side in image.shape[-2:])
     image = F.resize(image, [height, width], antialias=True)
-    mask = F.resize(mask, [height, width], interpolation=F.InterpolationMode.NEAREST)
+    mask = F.resize(
+        mask.as_subclass(torch.Tensor)[None], [height, width], interpolation=F.InterpolationMode.NEAREST_EXACT
+    )[0]
     offsets = []
     for side in (height, width):
         slack = side - crop_size
         offsets.append(int(rng.integers(min(slack, 0), max(slack, 0) + 1)))
     top, left = offsets
     image = F.pad(image, [crop_size] * 4, fill=MEAN_COLOUR)
-    mask = F.pad(mask, [crop_size] * 4, fill=255)
+    mask = F.pad(mask[None], [crop_size] * 4, fill=255)[0]
     box = [top + crop_size, left + crop_size, crop_size, crop_size]
     image, mask = F.crop(image, *box), F.crop(mask, *box)
     if rng.random() < 0.5:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from datasets.voc import SegmentationDataset
+from utils.atomic import replacing
 from utils.errors import InputError
 
 KEYS = {"model_state", "optimizer_state", "scheduler_state", "scaler_state", "cur_itrs", "best_score"}
@@ -59,19 +60,18 @@ class TrainingState:
                 self.scheduler.step()
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(checkpoint["optimizer_state"] | {"param_groups": groups})
-        self.scaler.load_state_dict(checkpoint["scaler_state"] if self.scaler.is_enabled() else {})
+        if self.scaler.is_enabled() and checkpoint["scaler_state"]:  # empty where training was not in fp16
+            self.scaler.load_state_dict(checkpoint["scaler_state"])
         self.cur_itrs, self.scores = checkpoint["cur_itrs"], checkpoint["scores"]
         self.best_score, self.best_itr = checkpoint["best_score"], checkpoint["best_itr"]
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Writes tensors and builtins to a temporary file beside `path`, then renames it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def load_file(path: Path, flag: str) -> dict:
@@ -86,7 +86,7 @@ def load_file(path: Path, flag: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(f"{flag} {path}: holds more than tensors and builtins, or is no checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{flag} {path}: cannot be read, it may be cut short ({_first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
@@ -102,9 +102,8 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def require_classes(checkpoint: dict, class_names: list[str], path: str) -> None:
-    """Raises InputError, naming both lists, unless the checkpoint was trained on these classes."""
-    theirs = checkpoint["class_names"]
+def require_classes(theirs: list[str], class_names: list[str], path: str) -> None:
+    """Raises InputError, naming both lists, unless the classes of the checkpoint are those of the data set."""
     if theirs != list(class_names):
         raise InputError(
             f"--ckpt {path}: was trained on {len(theirs)} classes ({', '.join(theirs)}), but the data set has "

@@ -116,6 +116,6 @@ def evaluate(
             confusion.update(masks, predictions)
             if on_batch is not None:
                 on_batch(indices, images, predictions)
-            if done % 10 == 0:  # each look waits for the device
+            if done % 10 == 0 and not bar.disable:  # each look waits for the device
                 bar.set_postfix_str(f"mIoU={confusion.compute()['Mean IoU']:.4f}", refresh=False)
     return confusion

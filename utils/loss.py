@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from datasets.files import VOID
 from utils.errors import InputError
 
-IGNORE_INDEX = 255
+IGNORE_INDEX = VOID
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

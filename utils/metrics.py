@@ -10,7 +10,7 @@ LABELS = 256  # a mask is uint8
 class ConfusionMatrix:
     """Counts of (target class, predicted class) over any number of pictures, kept on the device.
 
-    Nothing is copied to the host before `matrix()` or `compute()`.
+    No picture, logit or label map is copied to the host.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:

@@ -117,7 +117,11 @@ def get_parser() -> argparse.ArgumentParser:
         "--print_interval", metavar="N", type=count, default=10, help="iterations between two loss lines"
     )
     training.add_argument(
-        "--random_seed", metavar="N", type=number(int, 0), default=1, help="of weights, order and augmentation"
+        "--random_seed",
+        metavar="N",
+        type=number(int, 0, 2**32 - 1),
+        default=1,
+        help="of weights, order and augmentation",
     )
     training.add_argument(
         "--device", metavar="NAME", default="auto", help="auto: cuda where there is one, otherwise cpu"

@@ -2,25 +2,26 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
 from datasets.files import VOID
+from datasets.stats import ClassStatistics
 from datasets.voc import SegmentationDataset
 from network._deeplab import DeepLab
+from utils.atomic import replacing
 from utils.engine import evaluating, predict
+from utils.errors import InputError
 
-if TYPE_CHECKING:
-    from datasets.stats import ClassStatistics
-
+matplotlib.rcParams["text.parse_math"] = False  # a "$" in a class name is a dollar
 COLUMNS = 10  # of a grid of samples
 LINES = ("-", "--", "-.", ":")  # runs differ in print without colour too
 
@@ -33,11 +34,15 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path, dpi: int = 120) -> None:
-    """Writes a PNG whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=dpi)
-    temporary.replace(path)
+    """Writes a PNG whole or not at all. Raises InputError for another suffix and where it cannot be written."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--out {path}: pictures are PNG; give a name that ends with .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=dpi)
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror}); give another path") from None
 
 
 def add_legend(figure: Figure, dataset: SegmentationDataset, class_ids: Sequence[int]) -> None:
@@ -88,7 +93,7 @@ def draw_samples(dataset: SegmentationDataset, indices: list[int], path: Path) -
     save(figure, path)
 
 
-def draw_statistics(statistics: "ClassStatistics", palette: np.ndarray, path: Path) -> None:
+def draw_statistics(statistics: ClassStatistics, palette: np.ndarray, path: Path) -> None:
     """Share of the labelled pixels and number of images of each class, most frequent first, on log scales."""
     order = np.argsort(-statistics.pixels, kind="stable")
     names = [statistics.class_names[class_id] for class_id in order]
@@ -102,9 +107,12 @@ def draw_statistics(statistics: "ClassStatistics", palette: np.ndarray, path: Pa
         bars = axes.barh(names, values[order], color=palette[order] / 255, edgecolor="0.3")
         axes.bar_label(bars, [form.format(value) for value in values[order]], padding=3, fontsize=8)
         axes.set(xscale="log", title=f"{title} (log scale)")
-        axes.margins(x=0.15, y=0.01)
+        axes.set_xlim(10 ** np.floor(np.log10(values[values > 0].min())), 3 * values.max())  # from a whole decade
+        axes.margins(y=0.01)
         axes.grid(axis="x", alpha=0.3)
-    shares.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        axes.xaxis.set_minor_formatter(NullFormatter())  # their labels would overlap
+    shares.xaxis.set_major_formatter(PercentFormatter(1))
+    images.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     shares.invert_yaxis()
     figure.suptitle(
         f"{len(statistics.ids)} images, {statistics.void_share:.1%} void, "
@@ -119,7 +127,7 @@ def draw_grid(
     headings: list[str],
     labels: list[str],
     path: Path,
-    legend=None,
+    legend: tuple[SegmentationDataset, Sequence[int]] | None = None,
 ) -> None:
     """Pictures in rows and columns: `rows[i][j]` = (RGB `[H, W, 3]` uint8, text below), a heading per column, a
     label per row; `legend` = (data set, class ids)."""
@@ -185,10 +193,12 @@ def overlay(image: torch.Tensor, prediction: torch.Tensor, palette: np.ndarray) 
     return Image.fromarray(hwc(blended))
 
 
-def prediction_strip(model: DeepLab, dataset: SegmentationDataset, index: int) -> torch.Tensor:
+def prediction_strip(
+    model: DeepLab, dataset: SegmentationDataset, index: int, amp: torch.dtype | None = None
+) -> torch.Tensor:
     """Picture, ground truth and prediction of one sample side by side, uint8 RGB `[3, H, 3 W]`."""
     image, mask = dataset[index]
     with evaluating(model):
-        prediction = predict(model, image[None].to(model.device))[0]  # [H, W]
+        prediction = predict(model, image[None].to(model.device), amp)[0].cpu()  # [H, W]
     colours = [torch.from_numpy(dataset.decode_target(ids)).permute(2, 0, 1) for ids in (mask, prediction)]
     return torch.cat([image, *colours], dim=2)

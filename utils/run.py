@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.voc import SegmentationDataset
+from utils.atomic import replacing
 from utils.errors import InputError
 from utils.plotting import draw_curves, overlay
 
@@ -39,7 +40,10 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        return self.folder.is_dir() and any(self.folder.iterdir())
+        """Whether training was started here; a test of a checkpoint from elsewhere leaves its own folder only."""
+        return any(
+            (self.folder / name).exists() for name in ("options.json", "history.csv", "latest.pth", "best.pth")
+        )
 
     def start(self, options: dict, device: torch.device) -> None:
         """Makes the folder and writes `options.json`. Raises InputError where that cannot be done."""
@@ -131,12 +135,16 @@ class ResultWriter:
 def environment(device: torch.device) -> dict:
     """What else decides a result: versions, the git commit, the device and the command."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    except OSError:  # there is no git
+        commit = None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions |= {"torchvision": torchvision.__version__, "pillow": PIL.__version__}
     return {
         "versions": versions,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit,
         "device_name": device_name(device),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
     }
@@ -150,9 +158,8 @@ def device_name(device: torch.device) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
