@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+import visualize
 from utils.errors import InputError
 from utils.options import get_parser
 
@@ -33,6 +34,21 @@ def test_readme_has_a_row_for_every_flag_with_its_default():
         assert row, f"the README's table has no row for --{name} with default {shown}"
 
 
+@pytest.mark.parametrize("parser", [get_parser(), visualize.get_parser()], ids=["main", "visualize"])
+def test_no_flag_is_of_type_bool(parser):
+    """`type=bool` takes the text "False" for true."""
+    commands = [action for action in parser._actions if action.choices and hasattr(action.choices, "values")]
+    parsers = [parser, *(command for action in commands for command in action.choices.values())]
+    assert all(action.type is not bool for p in parsers for action in p._actions)
+
+
+def test_every_flag_of_visualize_is_read():
+    text = (ROOT / "visualize.py").read_text()
+    commands = visualize.get_parser()._subparsers._group_actions[0].choices
+    for action in (action for command in commands.values() for action in command._actions):
+        assert action.dest == "help" or f"opts.{action.dest}" in text, action.dest
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -40,6 +56,7 @@ def test_readme_has_a_row_for_every_flag_with_its_default():
         ("--total_itrs -5", "--total_itrs"),
         ("--lr nan", "--lr: nan is not in 0 and above"),
         ("--lr inf", "--lr: inf"),
+        ("--random_seed 20250101123456", "--random_seed: 20250101123456 is not in 0..4294967295"),
         ("--gamma 1.5", "--gamma: 1.5 is not in 0..1"),
         ("--crop_size 33.5", "--crop_size: invalid int value: '33.5'"),
         ("--model deeplabv4", "--model: invalid choice"),

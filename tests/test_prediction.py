@@ -1,0 +1,553 @@
+import csv
+import struct
+import zlib
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from datasets.files import read_image
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from datasets.voc import voc_colormap
+from network import backbone, build_model
+from utils.checkpoint import KEYS, save_checkpoint
+from utils.engine import predict
+from utils.errors import InputError
+from utils.plotting import overlay
+from utils.prediction import (
+    list_pictures,
+    load_model,
+    output_names,
+    predict_files,
+    predict_picture,
+    read_any,
+    spans,
+)
+
+NAMES = ["sky", "road", "tree", "car"]
+MOBILENET = "deeplabv3plus_mobilenet_v3_large"
+
+
+class ByColour(nn.Module):
+    """Class k where red is nearest to 10 k: the answer at a pixel depends on nothing else."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, num_classes=7):
+        super().__init__()
+        self.num_classes, self.seen = num_classes, []
+
+    def forward(self, x):
+        self.seen.append(tuple(x.shape))
+        red = (x[:, :1] * IMAGENET_STD[0] + IMAGENET_MEAN[0]) * 255  # [B, 1, H, W]
+        return -(red - 10 * torch.arange(self.num_classes).view(1, -1, 1, 1)).square()  # [B, C, H, W]
+
+
+class Scripted(nn.Module):
+    """The n-th tile gets the n-th logits everywhere."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = list(logits)
+
+    def forward(self, x):
+        return torch.tensor(self.logits.pop(0)).view(1, -1, 1, 1).expand(-1, -1, *x.shape[-2:])
+
+
+class LocalContrast(nn.Module):
+    """Brighter or darker than the whole, looked at through a window: zero padding and image pooling are the two
+    ways in which a tile differs from its place in the picture."""
+
+    device = torch.device("cpu")
+
+    def forward(self, x):
+        x = x.mean(dim=1, keepdim=True)  # [B, 1, H, W]
+        contrast = F.avg_pool2d(x, 9, 1, padding=4) - x.mean(dim=(2, 3), keepdim=True)
+        return torch.cat([contrast, -contrast], dim=1)  # [B, 2, H, W]
+
+
+def colours(height, width, num_classes=7):
+    """A picture for `ByColour`, and its classes, none of them 0."""
+    ids = torch.randint(1, num_classes, (height, width), generator=torch.Generator().manual_seed(0))
+    return torch.stack([10 * ids, ids, ids]).to(torch.uint8), ids.to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = build_model(MOBILENET, num_classes=4)
+    model(torch.randn(4, 3, 65, 65))  # batch norms that have seen something
+    return model.eval()
+
+
+# The model
+
+
+def test_model_comes_from_the_checkpoint_alone(model, tmp_path, monkeypatch):
+    options = {"model": MOBILENET, "output_stride": 16, "backbone_weights": "imagenet", "data_root": "/gone"}
+    checkpoint = dict.fromkeys(KEYS) | {"model_state": model.state_dict(), "options": options, "class_names": NAMES}
+    save_checkpoint(tmp_path / "a.pth", checkpoint | {"palette": voc_colormap().tolist()})
+    monkeypatch.setattr(backbone, "download", lambda *_: pytest.fail("a download"))
+    loaded, class_names, palette, stored = load_model(tmp_path / "a.pth", torch.device("cpu"))
+    assert class_names == NAMES and stored == options and not any(module.training for module in loaded.modules())
+    assert palette.dtype == np.uint8 and (palette == voc_colormap()).all()
+    assert loaded.backbone["0"][0].weight.is_contiguous(memory_format=torch.channels_last)
+    image = torch.randint(0, 256, (1, 3, 40, 50), dtype=torch.uint8)
+    assert torch.equal(predict(loaded, image), predict(model, image))
+
+
+def test_checkpoint_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--ckpt .*typo\.pth: there is no such file"):
+        load_model(tmp_path / "typo.pth", torch.device("cpu"))
+
+
+# One picture, in tiles
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("size", [(31, 45), (70, 64), (1, 1)])
+def test_picture_up_to_the_tile_is_predicted_exactly_as_in_one_piece(model, size, amp):
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    model.train()
+    prediction = predict_picture(model, image, amp=amp, tile=max(size[0], 64))
+    assert model.training  # as it was
+    model.eval()
+    assert prediction.dtype == torch.uint8
+    assert torch.equal(prediction, predict(model, image[None], amp)[0])
+
+
+@pytest.mark.parametrize("size", [(200, 133), (133, 200), (65, 64), (64, 65), (65, 65), (300, 20), (1, 500)])
+@pytest.mark.parametrize(("tile", "overlap"), [(64, None), (64, 0), (79, 39), (64, 32), (100, 17)])
+def test_every_pixel_of_a_large_picture_is_predicted_as_in_one_piece(size, tile, overlap):
+    image, ids = colours(*size)
+    fake = ByColour()
+    prediction = predict_picture(fake, image, tile=tile, overlap=overlap)
+    assert prediction.dtype == torch.uint8 and prediction.is_contiguous()
+    assert torch.equal(prediction, ids)
+    assert all(shape[0] == 1 and max(shape[2:]) <= tile for shape in fake.seen)
+
+
+@pytest.mark.parametrize("size", [(64, 300), (300, 64)])
+def test_model_sees_each_tile_upright(model, size):
+    image = (255 * torch.linspace(0, 1, size[1]).repeat(3, size[0], 1)).to(torch.uint8)  # brighter to the right
+
+    class Upright(ByColour):
+        def forward(self, x):
+            assert (x.diff(dim=3) >= 0).all() and (x.diff(dim=2) == 0).all()
+            return super().forward(x)
+
+    fake = Upright()
+    predict_picture(fake, image, tile=64)
+    assert len(fake.seen) > 4
+
+
+def test_tiles_cover_a_side_evenly_on_the_grid_with_the_overlap_at_least():
+    for tile in (64, 79, 128):
+        for overlap in (0, 8, tile // 3, tile // 2):
+            for size in range(1, 700, 3):
+                found = spans(size, tile, overlap)
+                if size <= tile:
+                    assert found == [(0, size)]
+                    continue
+                assert found[0][0] == 0 and found[-1][1] == size
+                assert all(start % 16 == 0 and stop - start <= tile for start, stop in found)
+                assert {stop - start for start, stop in found[:-1]} == {tile - tile % 16}
+                steps = [b[0] - a[0] for a, b in pairwise(found)]
+                assert max(steps) - min(steps) <= 16
+                assert all(a[1] - b[0] >= overlap for a, b in pairwise(found))
+                longest = (tile - tile % 16 - overlap) // 16 * 16
+                assert (len(steps) - 1) * longest < size - (tile - tile % 16)  # one tile less would not do
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["beside", "below"])
+@pytest.mark.parametrize(("second", "border"), [(1.0, 56), (3.0, 54)])
+def test_logits_of_two_tiles_fade_into_each_other_by_their_squared_distance_to_the_edge(turned, second, border):
+    # Tiles at 0..64 and 48..112: class 0 with logit 1 in the first, class 1 with 1 or 3 in the second. They are
+    # level where (64 - x)^2 is as much, or three times as much, as (x - 48)^2: at 56 and at 53.9.
+    size = (112, 64) if turned else (64, 112)
+    fake = Scripted([1.0, 0.0], [0.0, second])
+    prediction = predict_picture(fake, torch.zeros(3, *size, dtype=torch.uint8), tile=64, overlap=16)
+    expected = (torch.arange(112) >= border).to(torch.uint8).expand(64, 112)
+    assert torch.equal(prediction.T if turned else prediction, expected)
+
+
+@pytest.mark.parametrize(("length", "other"), [(240, 32), (256, 0)])
+def test_tiles_share_an_eighth_by_default(length, other):
+    tiles = []
+    for overlap in (None, 16, other):
+        fake = ByColour()
+        predict_picture(fake, colours(length, 20)[0], tile=128, overlap=overlap)
+        tiles.append(len(fake.seen))
+    assert tiles[0] == tiles[1] != tiles[2]
+
+
+def test_tiles_that_meet_at_the_pictures_edge_do_not_fade_there():
+    # At 0..64 and 16..80: the second is the only one at the right end, and must win there although it ends too.
+    fake = Scripted([1.0, 0.0], [0.0, 1.0])
+    prediction = predict_picture(fake, torch.zeros(3, 64, 80, dtype=torch.uint8), tile=64)
+    assert torch.equal(prediction[0], (torch.arange(80) >= 40).to(torch.uint8))
+
+
+def seams(size, tile, overlap):
+    """At the tiles' edges over elsewhere: how often tiles and one piece disagree; tiles over one piece: how often
+    the class changes across those edges."""
+    generator, fake = torch.Generator().manual_seed(0), LocalContrast()
+    edges = torch.tensor(sorted({edge for span in spans(size, tile, overlap) for edge in span} - {0, size}))
+    distance = (torch.arange(size)[:, None] + 0.5 - edges).abs().amin(dim=1)
+    near = torch.minimum(distance[:, None], distance) < 4  # [H, W]
+    wrong, changes, changes_in_one = torch.zeros(size, size), 0, 0
+    for _ in range(8):
+        rough = torch.randn(1, 3, size // 8, size // 8, generator=generator)
+        image = F.interpolate(rough, size=(size, size), mode="bicubic")[0].mul(60).add(128).clamp(0, 255).byte()
+        tiled, whole = predict_picture(fake, image, tile=tile, overlap=overlap), predict(fake, image[None])[0]
+        wrong += tiled != whole
+        changes += (tiled[:, edges] != tiled[:, edges - 1]).sum() + (tiled[edges] != tiled[edges - 1]).sum()
+        changes_in_one += (whole[:, edges] != whole[:, edges - 1]).sum() + (whole[edges] != whole[edges - 1]).sum()
+    return wrong[near].mean() / wrong[~near].mean(), changes / changes_in_one
+
+
+def test_seams_show_where_tiles_only_touch():
+    disagreement, changes = seams(256, 128, 0)  # tiles at 0..128 and 128..256
+    assert disagreement > 4 and changes > 4
+
+
+@pytest.mark.parametrize(("size", "overlap"), [(240, 16), (224, 32)])
+def test_seams_do_not_show_where_tiles_overlap(size, overlap):
+    disagreement, changes = seams(size, 128, overlap)
+    assert disagreement < 1.15 and changes < 1.15
+
+
+class LargestFloats(TorchDispatchMode):
+    """The most elements that a floating-point tensor had."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.most = max(self.most, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["high", "wide"])
+def test_logits_that_are_kept_do_not_grow_with_the_longer_side(turned):
+    most = []
+    for length in (400, 1600):
+        image, ids = colours(length, 200)
+        image, ids = (image.mT, ids.mT) if turned else (image, ids)
+        with LargestFloats() as floats:
+            assert torch.equal(predict_picture(ByColour(), image, tile=64), ids)
+        most.append(floats.most)
+    assert most == [7 * 64 * 200] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tile": 63}, "--tile 63: give 64 pixels or more"),
+        ({"tile": 64, "overlap": 33}, "--overlap 33: give 0 to 32, half of --tile 64"),
+        ({"tile": 64, "overlap": -1}, "--overlap -1: give 0 to 32"),
+    ],
+)
+def test_tile_and_overlap_that_cannot_work_are_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        predict_picture(ByColour(), colours(10, 10)[0], **flags)
+
+
+# Pictures of any format
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+GREY = RGB[..., 0]
+
+
+def shown(path):
+    image = read_any(path)
+    assert image.dtype == torch.uint8 and image.shape[0] == 3
+    return image.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp", ".gif", ".jpg"])
+def test_colours_of_every_format_are_read(tmp_path, suffix):
+    array = np.repeat(RGB[:1, :4].repeat(8, axis=0), 8, axis=1)  # four colours in blocks, as JPEG likes them
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(array).save(path, **{".webp": {"lossless": True}, ".jpg": {"quality": 100}}.get(suffix, {}))
+    picture = shown(path)
+    assert picture.shape == array.shape
+    if suffix == ".jpg":
+        assert abs(picture.astype(int) - array).mean() < 6
+    else:
+        assert (picture == array).all()
+
+
+def test_first_frame_of_an_animation_is_read(tmp_path):
+    frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (50, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (shown(tmp_path / "a.gif") == 50).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
+def test_grey_one_bit_palette_and_cmyk_become_rgb(tmp_path, mode):
+    picture = Image.fromarray(RGB).convert(mode)
+    picture.save(tmp_path / "a.tif")
+    assert (shown(tmp_path / "a.tif") == np.array(picture.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparent_parts_lie_on_white(tmp_path, mode):
+    alpha = np.resize(np.array([0, 128, 255], np.uint8), GREY.shape)
+    base = GREY[..., None].repeat(3, axis=2) if mode == "LA" else RGB
+    picture = Image.fromarray(np.dstack([base, alpha]))
+    (picture if mode != "LA" else picture.convert("LA")).save(tmp_path / "a.png")
+    if mode == "PA":  # a palette whose entries are transparent
+        picture.quantize(64).save(tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as stored:
+            assert stored.mode == "P" and "transparency" in stored.info
+    expected = base * (alpha[..., None] / 255) + 255 * (1 - alpha[..., None] / 255)
+    difference = abs(shown(tmp_path / "a.png") - expected)
+    assert (difference[alpha == 0] == 0).all()
+    assert difference.max() <= (40 if mode == "PA" else 1)  # 64 colours are not all of them
+    if mode != "PA":
+        assert (difference[alpha == 255] == 0).all()
+
+
+def test_colour_marked_as_transparent_lies_on_white(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png", transparency=int(GREY[2, 3]))
+    expected = np.where(GREY[2, 3] == GREY, 255, GREY)
+    assert (shown(tmp_path / "a.png") == expected[..., None]).all()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_scaled_to_eight_not_clipped(tmp_path, suffix):
+    deep = np.array([[0, 256, 257, 1000, 32768, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / f"a{suffix}")
+    assert shown(tmp_path / f"a{suffix}")[0, :, 0].tolist() == [0, 1, 1, 4, 128, 255]
+
+
+def test_sixteen_bit_colours_are_scaled_to_eight(tmp_path):
+    deep = RGB.astype(">u2") * 257
+    lines = b"".join(b"\0" + line.tobytes() for line in deep)
+    header = struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (tmp_path / "a.png").write_bytes(content)
+    assert (shown(tmp_path / "a.png") == RGB).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0, 0.5, 1], np.float32), [0, 128, 255]),
+        (np.array([0, 100, 200], np.float32), [0, 100, 200]),
+        (np.array([0, 257, 65535], np.float32), [0, 1, 255]),
+        (np.array([0, 257, 40000], np.int32), [0, 1, 156]),
+        (np.array([0, 2**30, 2**31 - 1], np.int32), [0, 128, 255]),
+    ],
+)
+def test_floats_and_long_integers_are_scaled_by_the_smallest_full_scale_that_holds_them(tmp_path, values, expected):
+    Image.fromarray(values[None]).save(tmp_path / "a.tif")
+    assert shown(tmp_path / "a.tif")[0, :, 2].tolist() == expected
+
+
+@pytest.mark.parametrize("value", [-1, 1e6, float("nan")])
+def test_greys_outside_every_scale_are_refused_with_their_range(tmp_path, value):
+    Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif: greys from .* not 0 to 65535"):
+        read_any(tmp_path / "a.tif")
+
+
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),  # a quarter turn clockwise
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp", ".jpg"])
+def test_picture_is_turned_upright_as_its_exif_orientation_says(tmp_path, suffix, orientation):
+    array = np.kron(np.array([[0, 60, 120], [180, 240, 30]], np.uint8), np.ones((8, 8), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(array).convert("RGB").save(path, exif=exif, **({"lossless": True} if suffix == ".webp" else {}))
+    difference = abs(shown(path)[..., 0].astype(int) - UPRIGHT[orientation](array))
+    assert difference.max() <= (12 if suffix == ".jpg" else 0)
+    if suffix == ".jpg":
+        assert read_image(path).shape == (3, 16, 24)  # in training a mask must fit the pixels as stored
+
+
+def test_broken_exif_data_do_not_make_a_picture_unreadable(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.jpg", exif=b"Exif\0\0no header")
+    assert shown(tmp_path / "a.jpg").shape == RGB.shape
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture", b"\xff\xd8\xff\xe0 cut"])
+def test_file_that_cannot_be_read_is_refused_by_name(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.jpg: cannot be read as a picture"):
+        read_any(tmp_path / "a.jpg")
+
+
+def test_picture_that_is_cut_short_is_refused(tmp_path):
+    Image.fromarray(RGB.repeat(20, axis=0)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"a\.png: cannot be read as a picture"):
+        read_any(tmp_path / "a.png")
+
+
+# Files and folders
+
+
+def save(path, height=20, width=30):
+    """A picture for `ByColour`; returns its classes."""
+    image, ids = colours(height, width)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return ids.numpy()
+
+
+def run(paths, out, **flags):
+    names = [f"class {k}" for k in range(7)]
+    return predict_files(ByColour(), paths, out, class_names=names, palette=voc_colormap(), **flags)
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_pictures_of_a_folder_are_listed_by_name_whatever_the_case_of_their_suffix(tmp_path):
+    for name in ("b.JPG", "a.png", "c.Tiff", "d.txt", ".hidden.jpg", "sub/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in list_pictures(tmp_path)] == ["a.png", "b.JPG", "c.Tiff"]
+    assert list_pictures(str(tmp_path / "d.txt")) == [tmp_path / "d.txt"]
+
+
+def test_input_that_has_no_pictures_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--input .*gone: there is no such file or folder"):
+        list_pictures(tmp_path / "gone")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"--input .*: no picture lies in it \(\.bmp "):
+        list_pictures(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [{}, {"tile": 64, "overlap": 16}], ids=["one piece", "tiles"])
+def test_each_picture_gets_mask_overlay_and_shares(tmp_path, flags):
+    ids = {name: save(tmp_path / f"{name}.png", *size) for name, size in (("a", (20, 30)), ("b", (300, 70)))}
+    out = tmp_path / "new" / "out"
+    assert run(list_pictures(tmp_path), out, **flags) == []
+    assert files_in(out) == ["masks/a.png", "masks/b.png", "overlays/a.jpg", "overlays/b.jpg", "shares.csv"]
+    for name, expected in ids.items():
+        with Image.open(out / "masks" / f"{name}.png") as mask:
+            assert mask.mode == "P" and (np.array(mask) == expected).all()
+            assert (np.array(mask.convert("RGB")) == voc_colormap()[expected]).all()
+        image = read_any(tmp_path / f"{name}.png")
+        overlay(image, torch.from_numpy(expected), voc_colormap()).save(tmp_path / "expected.jpg")
+        with Image.open(out / "overlays" / f"{name}.jpg") as drawn, Image.open(tmp_path / "expected.jpg") as whole:
+            assert (np.array(drawn) == np.array(whole)).all()
+    with (out / "shares.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["picture", "mask", *(f"class {k}" for k in range(7))]
+    assert [row[:2] for row in rows[1:]] == [["a.png", "masks/a.png"], ["b.png", "masks/b.png"]]
+    for row, expected in zip(rows[1:], ids.values(), strict=True):
+        shares = np.bincount(expected.flatten(), minlength=7) / expected.size
+        assert [float(value) for value in row[2:]] == pytest.approx(shares, abs=1e-6)
+
+
+def test_pictures_of_one_name_are_kept_apart(tmp_path):
+    assert output_names([Path(name) for name in ("a.jpg", "a.png", "b.png")]) == ["a.jpg", "a.png", "b"]
+    assert output_names([Path("x/a.png"), Path("y/a.png"), Path("A.PNG")]) == ["a.png", "a.png-2", "A.PNG-3"]
+    assert output_names([Path(name) for name in ("a.b", "a.c", "a.b.png")]) == ["a.b", "a.c", "a.b-2"]
+    expected = [save(tmp_path / name, *size) for name, size in (("a.bmp", (5, 6)), ("a.png", (7, 8)))]
+    run(list_pictures(tmp_path), tmp_path / "out")
+    for name, ids in zip(("a.bmp.png", "a.png.png"), expected, strict=True):
+        with Image.open(tmp_path / "out" / "masks" / name) as mask:
+            assert (np.array(mask) == ids).all()
+
+
+def test_unreadable_files_are_returned_and_do_not_stop_the_rest(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes(b"")
+    unreadable = run(list_pictures(tmp_path), tmp_path / "out")
+    assert len(unreadable) == 2
+    for line, name in zip(unreadable, ("a.jpg", "c.png"), strict=True):
+        assert line.startswith(f"{tmp_path / name}: cannot be read as a picture")
+    assert files_in(tmp_path / "out") == ["masks/b.png", "overlays/b.jpg", "shares.csv"]
+
+
+def test_input_of_which_nothing_can_be_read_is_refused_and_leaves_nothing(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"none of the 2 pictures can be read; of the first: .*a\.jpg: cannot be"):
+        run(list_pictures(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_name_that_is_no_text_is_predicted_too(tmp_path):
+    path = Path(f"{tmp_path}/a\udce9.png")
+    try:
+        save(path)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    assert run([path], tmp_path / "out") == []
+    assert (
+        (tmp_path / "out" / "shares.csv")
+        .read_text(encoding="utf-8")
+        .splitlines()[1]
+        .startswith("a?.png,masks/a?.png,")
+    )
+
+
+@pytest.mark.parametrize("failing", ["a.png", "a.jpg"])
+def test_write_that_fails_leaves_the_earlier_file_whole(tmp_path, monkeypatch, failing):
+    save(tmp_path / "a.bmp")
+    run([tmp_path / "a.bmp"], tmp_path / "out")
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in ("masks/a.png", "overlays/a.jpg")}
+    save(tmp_path / "a.bmp", 40, 50)
+    whole = Image.Image.save
+
+    def full_disk(picture, path, **arguments):
+        if path.name.startswith(failing):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        whole(picture, path, **arguments)
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(InputError, match=rf"{failing}: cannot be written \(No space left on device\); give another"):
+        run([tmp_path / "a.bmp"], tmp_path / "out")
+    after = {name: (tmp_path / "out" / name).read_bytes() for name in before}
+    kept = [name for name in before if after[name] == before[name]]
+    assert kept == (list(before) if failing == "a.png" else ["overlays/a.jpg"])
+
+
+def test_out_that_is_a_file_is_refused(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "out").touch()
+    with pytest.raises(InputError, match=r"out/masks/a\.png: cannot be written .* give another --out"):
+        run([tmp_path / "a.png"], tmp_path / "out")
+
+
+def test_picture_that_would_be_overwritten_is_refused_and_kept(tmp_path):
+    save(tmp_path / "overlays" / "a.jpg")
+    before = (tmp_path / "overlays" / "a.jpg").read_bytes()
+    with pytest.raises(InputError, match=r"overlays/a\.jpg: is to be read, and would be overwritten"):
+        run([tmp_path / "overlays" / "a.jpg"], tmp_path)
+    assert (tmp_path / "overlays" / "a.jpg").read_bytes() == before

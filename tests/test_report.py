@@ -1,0 +1,495 @@
+import base64
+import csv
+import io
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+from tests.conftest import TINY, write_voc_layout
+from utils import report
+from utils.errors import InputError
+from utils.run import HISTORY
+
+CPU = torch.device("cpu")
+CLASSES = ["sky", "road", "tree", "car"]
+MATRIX = [[80, 20, 0, 0], [0, 100, 0, 0], [10, 0, 30, 0], [0, 0, 0, 0]]
+DATA_SECTIONS = ("predictions", "training-data")
+
+
+def write_run(folder, *, mious=(0.5,), class_names=CLASSES, matrix=MATRIX, ious=None, **options):
+    """A run without a checkpoint, whose data are nowhere: a validation per mIoU, 10 iterations apart."""
+    folder.mkdir(parents=True)
+    defaults = {"dataset": "folder", "data_root": "no data", "year": "2012", "model": "m", "lr": 0.01, "amp": "auto"}
+    defaults |= {"train_split": "train", "val_split": "val", "random_seed": 1, "batch_size": 4}
+    defaults |= {"total_itrs": 10 * len(mious), "run_name": folder.name, "versions": {"torch": "2.0"}}
+    defaults |= {
+        "device_name": "cpu (1 threads)",
+        "git_commit": "abc",
+        "command": f"main.py --run_name {folder.name}",
+    }
+    (folder / "options.json").write_text(json.dumps(defaults | options))
+    rows = [
+        [n, 10 * n, 1 / n, 0.01, *(miou + more for more in (0.3, 0.2, 0.1, 0)), 20, 5, 1000 + n]
+        for n, miou in enumerate(mious, 1)
+    ]
+    counts = np.array(matrix)
+    with np.errstate(invalid="ignore"):
+        computed = counts.diagonal() / (counts.sum(0) + counts.sum(1) - counts.diagonal())
+    write_csv(folder / "history.csv", [HISTORY, *rows])
+    write_csv(folder / "class_iou.csv", [["class", "iou"], *zip(class_names, ious or computed, strict=True)])
+    named = [[name, *row] for name, row in zip(class_names, counts.tolist(), strict=True)]
+    write_csv(folder / "confusion_matrix.csv", [["target \\ prediction", *class_names], *named])
+    return folder
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+class Page(HTMLParser):
+    """A report as its reader meets it: by section its text and tables; its pictures; every tag."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.pictures, self.texts, self.tables = [], [], {}, {}
+        self.section, self.cell, self.caption = "header", None, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag == "section":
+            self.section = attributes["id"]
+        elif tag == "img":
+            self.pictures.append((self.section, attributes))
+        elif tag == "table":
+            self.tables.setdefault(self.section, []).append([])
+        elif tag == "tr":
+            self.tables[self.section][-1].append([])
+        elif tag in ("td", "th"):
+            self.cell = {"text": "", "css": attributes.get("class", "").split(), "style": attributes.get("style", "")}
+            self.tables[self.section][-1][-1].append(self.cell)
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.cell = None
+
+    def handle_data(self, data):
+        self.texts[self.section] = self.texts.get(self.section, "") + data
+        if self.cell is not None:
+            self.cell["text"] += data
+
+    def table(self, section, number=0):
+        """Row name to its cells by column name."""
+        header, *rows = self.tables[section][number]
+        names = [cell["text"] for cell in header[1:]]
+        return {row[0]["text"]: dict(zip(names, row[1:], strict=True)) for row in rows}
+
+    def column(self, section, name, number=0):
+        return {row: cells[name]["text"] for row, cells in self.table(section, number).items()}
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Writes the report on some runs; returns the page. Drawing takes most of the time: only with `draw`."""
+    figure = report.figure
+
+    def undrawn(caption, *_, **__):
+        return report.markup("<figcaption>{}</figcaption>", caption)
+
+    def write(*runs, draw=False, **keywords):
+        monkeypatch.setattr(report, "figure", figure if draw else undrawn)
+        out = tmp_path / "out" / "report.html"
+        report.write_report(list(runs), out, device=CPU, **keywords)
+        return Page(out.read_text(encoding="utf-8"))
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of three validations on a small folder of data."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("report")
+    splits = {"train": ["a1", "a2", "a3", "a4"], "val": ["b1", "b2", "b3"]}
+    data = write_voc_layout(root / "own", splits, class_names=CLASSES)
+    flags = ["--dataset", "folder", "--data_root", str(data), "--run_dir", str(root / "runs"), "--run_name", "a"]
+    main.main([*flags, *TINY, "--total_itrs", "6", "--save_val_results"])
+    return root / "runs" / "a"
+
+
+def data_of(run):
+    return Path(json.loads((run / "options.json").read_text())["data_root"])
+
+
+def copy_run(run, target, **options):
+    """The same run with other options."""
+    shutil.copytree(run, target)
+    path = target / "options.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    return target
+
+
+@pytest.fixture(scope="module")
+def drawn(trained, tmp_path_factory):
+    """The report on the run and a copy of it, with all its pictures."""
+    folder = tmp_path_factory.mktemp("drawn")
+    report.write_report([trained, copy_run(trained, folder / "b")], folder / "report.html", device=CPU)
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+# --- numbers ---
+
+
+def test_summary_gives_the_first_best_epoch_its_accuracies_and_the_last(make, tmp_path):
+    page = make(write_run(tmp_path / "a", mious=[0.2, 0.61, 0.61, 0.4]))
+    row = {name: cell["text"] for name, cell in page.table("summary")["a"].items()}
+    assert row == {
+        "best mIoU": "0.6100",
+        "at epoch": "2",
+        "last mIoU": "0.4000",
+        "Overall Acc": "0.9100",
+        "Mean Acc": "0.8100",
+        "FreqW Acc": "0.7100",
+    }
+    assert "a reaches a mean IoU of 0.6100 on the validation images, at epoch 2." in page.texts["header"]
+    validations = page.table("training-curves")
+    assert [validations[name]["iteration"]["text"] for name in ("a, best", "a, last")] == ["20", "40"]
+
+
+def test_best_run_alone_is_marked(make, tmp_path):
+    runs = [write_run(tmp_path / name, mious=[miou, 0.1]) for name, miou in (("a", 0.3), ("b", 0.5), ("c", 0.4))]
+    page = make(*runs)
+    assert page.column("summary", "best mIoU") == {"a": "0.3000", "b": "0.5000 ★", "c": "0.4000"}
+    assert "b is the best of 3 runs" in page.texts["header"]
+
+
+def test_options_that_differ_are_listed_first_and_marked_and_no_others(make, tmp_path):
+    page = make(write_run(tmp_path / "a", lr=0.01), write_run(tmp_path / "b", lr=0.1, warmup_itrs=5, data_root="x"))
+    differing, every = page.table("options-and-environment"), page.table("options-and-environment", 1)
+    assert {name: [cell["text"] for cell in row.values()] for name, row in differing.items()} == {
+        "lr": ["0.01", "0.1"],
+        "warmup_itrs": ["-", "5"],
+        "data_root": ["no data", "x"],
+    }
+    marked = {name for name, row in every.items() if any("differs" in cell["css"] for cell in row.values())}
+    assert marked == set(differing) and {"model", "batch_size", "run_name"} <= set(every) - marked
+    assert "lr (0.01, 0.1)" in page.texts["header"]
+
+
+def test_environment_is_shown_and_marked_where_it_differs_but_not_the_command(make, tmp_path):
+    page = make(write_run(tmp_path / "a"), write_run(tmp_path / "b", versions={"torch": "2.1"}))
+    table = page.table("options-and-environment", 1)  # after that of all options
+    assert "The runs have the same options." in page.texts["options-and-environment"]
+    assert {name for name, row in table.items() if "differs" in row["b"]["css"]} == {"torch"}
+    assert table["command"]["b"]["text"] == "main.py --run_name b" and table["git_commit"]["a"]["text"] == "abc"
+
+
+def test_class_table_has_a_bar_as_long_as_each_iou_and_a_dash_for_an_absent_class(make, tmp_path):
+    page = make(write_run(tmp_path / "a"), write_run(tmp_path / "b", ious=[0.9, 0.1, 0.75, math.nan]))
+    a, b = "a (epoch 1)", "b (epoch 1)"
+    assert page.column("iou-of-each-class", a) == {
+        "sky": "0.7273",
+        "road": "0.8333 ★",
+        "tree": "0.7500 ★",
+        "car": "-",
+        "mean (mIoU)": "0.7702",
+    }
+    assert page.column("iou-of-each-class", b)["tree"] == "0.7500 ★"
+    table = page.table("iou-of-each-class")
+    assert [table[name][a]["style"] for name in CLASSES] == ["--share: 0.727", "--share: 0.833", "--share: 0.750", ""]
+    assert "bar" in table["sky"][a]["css"] and "best" in table["sky"][b]["css"]
+
+
+def test_runs_of_other_classes_are_reported_but_not_ranked(make, tmp_path):
+    other = write_run(tmp_path / "b", class_names=["road", "sky", "lake", "car"], mious=[0.9])
+    page = make(write_run(tmp_path / "a"), other)
+    assert "The runs do not have the same classes" in page.texts["header"] and "best of" not in page.texts["header"]
+    assert "★" not in page.texts["summary"]
+    rows = page.table("iou-of-each-class")
+    assert rows["lake"]["a (epoch 1)"]["text"] == rows["tree"]["b (epoch 1)"]["text"] == "not a class"
+    assert rows["sky"]["b (epoch 1)"]["text"] == "0.8333 ★"  # by name, not by position
+
+
+def test_confusion_matrix_is_in_per_cent_of_each_row(make, tmp_path):
+    page = make(write_run(tmp_path / "a"))
+    table = page.table("confusion-matrices")
+    texts = [[cell["text"] for cell in row.values()] for row in table.values()]
+    assert texts == [["80", "20", "", ""], ["", "100", "", ""], ["25", "", "75", ""], ["", "", "", "-"]]
+    assert table["sky"]["road"]["style"] == "--share: 0.200"
+    assert [name for name, cell in table["tree"].items() if "right" in cell["css"]] == ["tree"]
+
+
+def test_most_frequent_confusions_come_first_and_right_pixels_are_none(make, tmp_path):
+    page = make(write_run(tmp_path / "a"))
+    rows = [[cell["text"] for cell in row] for row in page.tables["confusion-matrices"][1][1:]]
+    assert rows == [["sky", "road", "20", "20.0%", "66.7%"], ["tree", "sky", "10", "25.0%", "33.3%"]]
+
+
+def test_confusion_matrix_of_many_classes_shows_those_with_the_most_errors_and_says_so(make, tmp_path):
+    matrix = np.diag(np.full(150, 50))
+    matrix[140, 7] = 30
+    page = make(write_run(tmp_path / "a", class_names=[f"class {n}" for n in range(150)], matrix=matrix))
+    table = page.table("confusion-matrices")
+    assert len(table) == 30 and "30 of 150 classes, those with the most errors" in page.texts["confusion-matrices"]
+    assert table["class 140"]["class 7"]["text"] == "38"
+
+
+def test_speed_is_per_iteration_and_per_validation_and_memory_the_peak(make, tmp_path):
+    page = make(write_run(tmp_path / "a", mious=[0.1, 0.2, 0.3]))
+    row = {name: cell["text"] for name, cell in page.table("speed-and-memory")["a"].items()}
+    assert row == {
+        "device": "cpu (1 threads)",
+        "seconds per iteration": "2.000",
+        "images per second": "2.0",
+        "seconds per validation": "5.0",
+        "minutes in all": "1.2",
+        "peak memory (MB)": "1,003",
+    }
+
+
+def test_unfinished_run_and_other_validation_data_are_announced(make, tmp_path):
+    page = make(write_run(tmp_path / "a", total_itrs=5000), write_run(tmp_path / "b", val_split="test"))
+    assert "a is unfinished: here are 10 of its 5,000 iterations." in page.texts["header"]
+    assert "The runs name different validation data" in page.texts["header"]
+    assert "different validation data" not in make(tmp_path / "a").texts["header"]
+
+
+# --- the page ---
+
+
+def test_user_text_is_escaped_everywhere(make, tmp_path):
+    evil = "<script>alert('$title {0}')</script>"
+    run = write_run(tmp_path / "a<i>&b", class_names=[evil, '"', "x", "y"], model='"><img src=x onerror=y>')
+    page = make(run, write_run(tmp_path / "b", class_names=[evil, '"', "x", "y"]))
+    assert not {"script", "i"} & {tag for tag, _ in page.tags}
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert evil in page.table("iou-of-each-class") and evil in page.table("confusion-matrices")
+    assert page.table("options-and-environment")["model"]["a<i>&b"]["text"] == '"><img src=x onerror=y>'
+    assert "Semantic segmentation: a<i>&b, b" in page.texts["header"]
+
+
+def test_page_needs_nothing_from_elsewhere(drawn):
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in drawn.tags}
+    sources = [attributes["src"] for _, attributes in drawn.tags if "src" in attributes]
+    assert sources and all(source.startswith("data:image/") for source in sources)
+    assert all(attributes["href"].startswith("#") for _, attributes in drawn.tags if "href" in attributes)
+    assert not re.search(r"url\(|@import|https?:", report.PAGE.template)
+
+
+def test_contents_lead_to_every_section_and_the_language_is_given(make, tmp_path):
+    page = make(write_run(tmp_path / "a"))
+    sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links == [f"#{section}" for section in sections] and len(set(sections)) == len(sections) == 8
+    assert ("html", {"lang": "en"}) in page.tags
+    assert sum(tag == "h1" for tag, _ in page.tags) == 1
+
+
+def test_pictures_decode_and_are_described_and_curves_stay_exact(drawn):
+    kinds = {}
+    for section, attributes in drawn.pictures:
+        kind, data = re.fullmatch(r"data:image/(\w+);base64,(.+)", attributes["src"]).groups()
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as picture:
+            picture.load()
+            assert picture.format == kind.upper() and str(picture.width) == attributes["width"]
+            assert picture.getextrema() != ((255, 255),) * 3
+        assert len(attributes["alt"]) > 20
+        kinds.setdefault(section, []).append(kind)
+    assert set(kinds) == {"training-curves", *DATA_SECTIONS}
+    assert len(kinds["predictions"]) == 3 and len(kinds["training-data"]) == 2  # side by side, the worst of each run
+    assert kinds["training-curves"] == ["png"] and kinds["training-data"][1] == "png"
+
+
+def test_picture_is_jpeg_only_where_that_is_much_smaller(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
+    flat = np.zeros((200, 200, 3), np.uint8)
+    for pixels, kind in ((noise, "jpeg"), (flat, "png")):
+        assert f"data:image/{kind};" in report.figure("c", "a", lambda path, p=pixels: Image.fromarray(p).save(path))
+
+
+# --- pictures of the data and the models ---
+
+
+def test_mean_iou_of_best_is_that_of_the_history_and_the_worst_image_comes_first(make, trained, monkeypatch):
+    grids = []
+    monkeypatch.setattr(report, "draw_grid", lambda rows, **k: grids.append((rows, k)) or draw_anything(k["path"]))
+    page = make(trained, num=2, draw=True)
+    with (trained / "history.csv").open() as file:
+        best = max(float(row["mean_iou"]) for row in csv.DictReader(file))
+    assert f"Of the 3 validation images, whose mIoU together is {best:.4f}." in page.texts["predictions"]
+
+    (rows, compared), (worst_rows, worst) = grids
+    assert compared["headings"] == ["photograph", "ground truth", "a"] and len(rows) == 2
+    own = image_ious(trained)
+    ranked = sorted(own, key=own.get)[:2]
+    assert worst["headings"] == [f"{name}: mIoU {own[name]:.4f}" for name in ranked]
+    assert worst["labels"] == ["photograph", "ground truth", "prediction", "errors"] and len(worst_rows) == 4
+    assert [row[2][1] for row in rows] == [f"mIoU {own[name]:.4f}" for name in compared["labels"]]
+
+
+def draw_anything(path):
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def image_ious(run):
+    """mIoU of each validation image by the last validation's masks, which are the best's if it was the best."""
+    data = data_of(run)
+    model = report.load_model(run / "best.pth", CPU).model
+    result = {}
+    for name in ("b1", "b2", "b3"):
+        image = torch.from_numpy(np.array(Image.open(data / f"JPEGImages/{name}.jpg"))).permute(2, 0, 1)
+        target = np.array(Image.open(data / f"SegmentationClass/{name}.png"))
+        prediction = report.predict(model, image[None])[0].numpy()
+        prediction = np.where(target == 255, 255, prediction)
+        pairs = [((target == c) & (prediction == c), (target == c) | (prediction == c)) for c in range(4)]
+        result[name] = np.mean([both.sum() / either.sum() for both, either in pairs if either.any()])
+    return result
+
+
+def test_bounded_evaluation_says_how_many_images_it_saw(make, trained, monkeypatch):
+    monkeypatch.setattr(report, "EVALUATED_ON_CPU", 1)
+    page = make(trained, num=1)
+    assert re.search(r"Of [12] of the 3 validation images", page.texts["predictions"])
+
+
+def test_without_data_the_sections_say_so_and_the_rest_is_written(make, tmp_path):
+    page = make(write_run(tmp_path / "a"))
+    for section in DATA_SECTIONS:
+        assert "Not available for a, for its data cannot be opened" in page.texts[section]
+        assert "no data: there is no such folder" in page.texts[section]
+    assert page.table("summary") and page.table("iou-of-each-class") and page.table("speed-and-memory")
+
+
+def test_without_best_pth_the_data_are_shown_and_the_other_runs_predictions(make, trained, tmp_path):
+    other = copy_run(trained, tmp_path / "b")
+    (other / "best.pth").unlink()
+    page = make(trained, other)
+    assert f"Not available for b: {other / 'best.pth'}: there is no such file" in page.texts["predictions"]
+    assert "Worst images of a" in page.texts["predictions"] and "Worst images of b" not in page.texts["predictions"]
+    assert "Not available" not in page.texts["training-data"]
+
+
+def test_data_root_given_is_where_the_data_are_looked_for(make, trained, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(data_of(trained), moved)
+    run = copy_run(trained, tmp_path / "c", data_root="nowhere")
+    assert "Worst images of c" not in make(run).texts["predictions"]
+    assert "Worst images of c" in make(run, data_root=str(moved)).texts["predictions"]
+
+
+def test_data_with_other_classes_than_the_runs_are_not_shown(make, trained, tmp_path):
+    other = shutil.copytree(data_of(trained), tmp_path / "other")
+    (other / "class_names.txt").write_text("sky\nroad\ntree\nhouse\n")
+    text = make(trained, data_root=str(other)).texts["predictions"]
+    assert "its classes (sky, road, tree, house) are not those of the run" in text
+
+
+def test_split_lists_that_the_run_made_are_used(make, trained, tmp_path):
+    data = shutil.copytree(data_of(trained), tmp_path / "bare")
+    shutil.rmtree(data / "ImageSets")
+    run = copy_run(trained, tmp_path / "c")
+    (run / "splits").mkdir()
+    (run / "splits" / "train.txt").write_text("a1\na2\na3\nb3\nb2\n")
+    (run / "splits" / "val.txt").write_text("a4\nb1\n")
+    page = make(run, data_root=str(data))
+    assert "Of the 2 validation images" in page.texts["predictions"]
+    assert "5 of 5 training images" in page.texts["training-data"]
+
+
+def test_run_that_was_trained_in_fp16_on_a_gpu_is_evaluated_on_the_cpu_too(make, trained, tmp_path):
+    page = make(copy_run(trained, tmp_path / "c", amp="fp16"))
+    assert "Worst images of c" in page.texts["predictions"]
+
+
+def test_damaged_photograph_costs_its_section_only(make, trained, tmp_path):
+    data = shutil.copytree(data_of(trained), tmp_path / "damaged")
+    (data / "JPEGImages" / "a2.jpg").write_bytes(b"")
+    page = make(trained, data_root=str(data), draw=True)
+    assert "a2.jpg: cannot be read" in page.texts["training-data"]
+    assert "Worst images of a" in page.texts["predictions"]
+
+
+def test_generated_data_that_are_gone_are_not_drawn_anew(make, tmp_path):
+    root = tmp_path / "gone"
+    page = make(write_run(tmp_path / "a", dataset="shapes", data_root=str(root)))
+    assert "gone/shapes: there is no such folder" in page.texts["training-data"] and not root.exists()
+
+
+# --- what cannot be used ---
+
+
+def cut(name, length):
+    def damage(run):
+        path = run / name
+        path.write_bytes(path.read_bytes()[:-length])
+
+    return damage
+
+
+def write(name, text):
+    return lambda run: (run / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (shutil.rmtree, ["runs/b: there is no such folder"]),
+        (lambda run: (run / "history.csv").unlink(), ["b/history.csv", "no such file", "validated once"]),
+        (write("history.csv", ",".join(HISTORY) + "\n"), ["b/history.csv", "no row yet"]),
+        (write("history.csv", "epoch,itr\n1,2\n"), ["b/history.csv", "lacks a column"]),
+        (write("history.csv", ",".join(HISTORY) + "\n" + "1," * 10 + "x\n"), ["b/history.csv", "line 2"]),
+        (cut("history.csv", 12), ["b/history.csv", "line 3", "half written"]),
+        (cut("history.csv", 2), ["b/history.csv", "line 3", "half written"]),
+        (cut("confusion_matrix.csv", 3), ["b/confusion_matrix.csv", "half written"]),
+        (write("class_iou.csv", "class,iou\nsky,0.5\n"), ["b/confusion_matrix.csv", "classes"]),
+        (write("options.json", '{"lr": 0.'), ["b/options.json", "cannot be read"]),
+        (write("options.json", "[1]"), ["b/options.json", "cannot be read"]),
+        (write("options.json", '{"lr": 0.1}'), ["b/options.json", "lacks", "data_root"]),
+    ],
+)
+def test_unusable_run_is_refused_by_its_file_and_nothing_is_written(make, tmp_path, damage, words):
+    runs = [write_run(tmp_path / "runs" / name, mious=[0.1, 0.2]) for name in "ab"]
+    damage(runs[1])
+    with pytest.raises(InputError) as error:
+        make(*runs)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_given_twice_is_refused_but_runs_of_one_name_are_told_apart(make, tmp_path):
+    one, other = write_run(tmp_path / "x" / "a"), write_run(tmp_path / "y" / "a")
+    with pytest.raises(InputError, match="x/a: is given twice"):
+        make(one, other, one)
+    assert set(make(one, other).table("summary")) == {str(one), str(other)}
+
+
+@pytest.mark.parametrize("out", ["", "file/report.html"])
+def test_out_that_cannot_be_written_is_refused(tmp_path, out):
+    (tmp_path / "file").write_text("")
+    run = write_run(tmp_path / "a")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / out))):
+        report.write_report([run], tmp_path / out, device=CPU)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_report_that_fails_half_way_leaves_the_old_one(make, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "a")
+    make(run)
+    path = tmp_path / "out" / "report.html"
+    old = path.read_bytes()
+    monkeypatch.setattr(report, "speed_section", lambda runs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(run)
+    assert path.read_bytes() == old and [file.name for file in path.parent.iterdir()] == ["report.html"]
