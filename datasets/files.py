@@ -1,5 +1,6 @@
 """Reads the files of a data set, each with its checks: what is wrong is named by file, value and fix."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from utils.errors import InputError
 
 VOID = 255  # the mask value that is neither trained on nor scored
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".tif", ".tiff", ".webp")
+FULL_SCALE = {"I": (2**16 - 1, 2**31 - 1), "F": (1, 2**8 - 1, 2**16 - 1)}  # by the mode's first letter
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
 
 
@@ -19,14 +21,31 @@ def existing_folder(folder: Path) -> Path:
     return folder
 
 
-def read_image(path: Path) -> torch.Tensor:
-    """The picture as uint8 RGB `[3, H, W]`."""
+def read_image(path: Path, prepare: Callable[[Image.Image], Image.Image] | None = None) -> torch.Tensor:
+    """The picture, after `prepare` if given, as uint8 RGB `[3, H, W]`.
+
+    Greys of more than 8 bits are scaled by their bit depth; floats, and integers of 32 bits, have no certain one:
+    full scale is the smallest of 1 (floats), 255 (floats), 65535 and 2^31 - 1 (integers) that none exceeds.
+    Raises InputError for a file that cannot be read, and for greys below 0 or above full scale, naming it.
+    """
     try:
         with Image.open(path) as picture:
-            pixels = np.array(picture.convert("RGB"))  # [H, W, 3]
+            picture = prepare(picture) if prepare else picture
+            mode = picture.mode[0]  # I;16 and its byte orders count as I
+            pixels = np.array(picture if mode in FULL_SCALE else picture.convert("RGB"))  # [H, W] or [H, W, 3]
     except UNREADABLE as error:
-        raise InputError(f"{path}: cannot be read as a picture ({error}); replace it, or remove its id") from None
+        raise InputError(f"{path}: cannot be read as a picture ({error}); replace it, or leave it out") from None
+    if mode in FULL_SCALE:
+        pixels = np.repeat(_to_8_bits(pixels, FULL_SCALE[mode], path)[..., None], 3, axis=2)  # [H, W, 3]
     return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, H, W], in memory channels last
+
+
+def _to_8_bits(grey: np.ndarray, scales: tuple[int, ...], path: Path) -> np.ndarray:
+    low, high = grey.min(), grey.max()
+    full = next((scale for scale in scales if low >= 0 and high <= scale), None)  # None for NaN too
+    if full is None:
+        raise InputError(f"{path}: greys from {low} to {high}, not 0 to {scales[-1]}; save it with 8 or 16 bits")
+    return np.rint(grey.astype(np.float32) * np.float32(255 / full)).astype(np.uint8)
 
 
 def read_mask(path: Path, num_classes: int) -> torch.Tensor:

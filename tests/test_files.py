@@ -72,6 +72,13 @@ def test_any_jpeg_comes_out_as_rgb(tmp_path, mode):
     assert (image.int() - 200).abs().max() < 4
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_greys_of_16_bits_are_scaled_not_cut_off(tmp_path, suffix):
+    grey = np.array([[0, 8000, 32896, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / f"i.{suffix}")
+    assert read_image(tmp_path / f"i.{suffix}")[:, 0].tolist() == [[0, 31, 128, 255]] * 3
+
+
 def test_errors_are_one_line(tmp_path):
     (tmp_path / "i.jpg").write_bytes(b"\xff\xd8\xff broken")
     with pytest.raises(InputError) as error:

@@ -132,7 +132,7 @@ def get_parser() -> argparse.ArgumentParser:
     run.add_argument("--run_name", metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
     run.add_argument("--run_dir", metavar="DIR", default="runs", help="where runs are kept")
     run.add_argument("--ckpt", metavar="FILE", help="weights to start from, to test, or to go on from")
-    run.add_argument("--continue_training", action="store_true", help="go on from --ckpt or the run's latest.pth")
+    run.add_argument("--continue_training", action="store_true", help="go on from the run's latest.pth, or --ckpt")
     run.add_argument("--test_only", action="store_true", help="score --ckpt (or the run's best.pth) on --val_split")
     run.add_argument("--save_val_results", action="store_true", help="save id masks and overlays of the pictures")
 

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from PIL.Image import Transpose
 from tqdm import tqdm
 
-from datasets.files import UNREADABLE
+from datasets.files import UNREADABLE, read_image
 from network import build_model
 from network._deeplab import DeepLab
 from utils.checkpoint import load_checkpoint, load_model_state
@@ -32,7 +32,6 @@ TURNS = {  # by EXIF orientation; 1 is upright
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-FULL_SCALE = {"I": (2**16 - 1, 2**31 - 1), "F": (1, 2**8 - 1, 2**16 - 1)}  # by the mode's first letter
 
 # Pixels a side. DeepLabV3+ ResNet-50 (21 classes) takes 0.25 GB for such a tile in bfloat16 and 0.5 GB in float32
 # beside its weights, four times that for twice the side; training crops are a quarter of its area.
@@ -85,21 +84,10 @@ def read_any(path: Path) -> torch.Tensor:
 
     It is turned upright as its EXIF orientation says, unlike in training, where a mask must fit the pixels as they
     are stored. Transparent parts lie on white, as viewers show them (training takes the colours underneath).
-    Greys of more than 8 bits are scaled by their bit depth; floats, and integers of 32 bits, have no certain one:
-    full scale is the smallest of 1 (floats), 255 (floats), 65535 and 2^31 - 1 (integers) that none exceeds.
-    Colour profiles are not applied.
+    Greys of more than 8 bits are scaled as `datasets.files.read_image` says. Colour profiles are not applied.
     Raises InputError for a file that cannot be read, and for greys below 0 or above full scale, naming it.
     """
-    try:
-        with Image.open(path) as picture:
-            picture = _turn_upright(picture)
-            mode = picture.mode[0]  # I;16 and its byte orders count as I
-            pixels = np.array(picture if mode in FULL_SCALE else _on_white(picture))  # [H, W] or [H, W, 3]
-    except UNREADABLE as error:
-        raise InputError(f"{path}: cannot be read as a picture ({error}); replace it, or leave it out") from None
-    if mode in FULL_SCALE:
-        pixels = np.repeat(_to_8_bits(pixels, FULL_SCALE[mode], path)[..., None], 3, axis=2)  # [H, W, 3]
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, H, W], in memory channels last
+    return read_image(path, prepare=lambda picture: _on_white(_turn_upright(picture)))
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:
@@ -114,18 +102,10 @@ def _turn_upright(picture: Image.Image) -> Image.Image:
 
 def _on_white(picture: Image.Image) -> Image.Image:
     if not picture.has_transparency_data:
-        return picture.convert("RGB")
+        return picture
     picture, white = picture.convert("RGBA"), Image.new("RGB", picture.size, "white")
     white.paste(picture, mask=picture)
     return white
-
-
-def _to_8_bits(grey: np.ndarray, scales: tuple[int, ...], path: Path) -> np.ndarray:
-    low, high = grey.min(), grey.max()
-    full = next((scale for scale in scales if low >= 0 and high <= scale), None)  # None for NaN too
-    if full is None:
-        raise InputError(f"{path}: greys from {low} to {high}, not 0 to {scales[-1]}; save it with 8 or 16 bits")
-    return np.rint(grey.astype(np.float32) * np.float32(255 / full)).astype(np.uint8)
 
 
 def predict_picture(
