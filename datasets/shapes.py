@@ -208,6 +208,7 @@ def _is_there(folder: Path, arguments: dict[str, int]) -> bool:
 
 @exit_codes
 def main(argv: list[str] | None = None) -> None:
+    """The command line above."""
     parser = Parser(prog="python -m datasets.shapes", description="Generate a data set in VOC layout.")
     add = parser.add_argument
     add("--out", required=True, metavar="FOLDER", help="where to write; a set that is there already is kept")

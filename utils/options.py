@@ -45,6 +45,7 @@ def differences(opts: argparse.Namespace, checkpoint: dict) -> list[str]:
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """The flags of `main.py`: the defaults are the experiment of the README on PASCAL VOC."""
     parser = Parser(
         prog="main.py",
         usage="main.py [--dataset voc|folder|shapes] [flags]",
@@ -52,95 +53,58 @@ def get_parser() -> argparse.ArgumentParser:
     )
     count, ratio = number(int, 1), number(float, 0)
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATASETS, default="voc", help="shapes is generated: nothing to download")
-    data.add_argument(
-        "--data_root", metavar="DIR", default="datasets/data", help="of voc: what holds VOCdevkit; of folder: itself"
-    )
-    data.add_argument("--year", choices=["2012", "2012_aug"], default="2012", help="of voc")
-    data.add_argument("--download", action="store_true", help="fetch VOC 2012 (2 GB) unless it is there")
-    data.add_argument("--train_split", metavar="LIST", default="train", help="a list in ImageSets/Segmentation")
-    data.add_argument(
-        "--val_split", metavar="LIST", default="val", help="the list to validate or, with --test_only, to test on"
-    )
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="voc", help="shapes is generated: nothing to download")
+    add("--data_root", metavar="DIR", default="datasets/data", help="of voc: what holds VOCdevkit; of folder: itself")
+    add("--year", choices=["2012", "2012_aug"], default="2012", help="of voc")
+    add("--download", action="store_true", help="fetch VOC 2012 (2 GB) unless it is there")
+    add("--train_split", metavar="LIST", default="train", help="a list in ImageSets/Segmentation")
+    add("--val_split", metavar="LIST", default="val", help="the list to validate or, with --test_only, to test on")
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
+    add = parser.add_argument_group("model").add_argument
+    add(
         "--model",
         choices=MODELS,
         metavar="NAME",
         help=f"{', '.join(MODELS)} (default: the checkpoint's, or {MODEL_DEFAULTS['model']})",
     )
-    model.add_argument("--output_stride", type=int, choices=[16, 8], help="(default: the checkpoint's, or 16)")
-    model.add_argument(
-        "--backbone_weights", default="imagenet", metavar="FILE", help="imagenet (downloaded), none, or a FILE"
-    )
+    add("--output_stride", type=int, choices=[16, 8], help="(default: the checkpoint's, or 16)")
+    add("--backbone_weights", default="imagenet", metavar="FILE", help="imagenet (downloaded), none, or a FILE")
 
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--total_itrs", metavar="N", type=count, default=5000, help="iterations (optimizer steps) in all"
-    )
-    training.add_argument("--batch_size", metavar="N", type=count, default=8, help="images a step")
-    training.add_argument(
-        "--crop_size", metavar="N", type=count, default=513, help="pixels, of the square training crop"
-    )
-    training.add_argument(
-        "--num_workers", metavar="N", type=number(int, 0), default=2, help="processes that load data"
-    )
-    training.add_argument("--lr", metavar="X", type=ratio, default=0.01, help="learning rate of the head")
-    training.add_argument(
-        "--backbone_lr_factor", metavar="X", type=ratio, default=0.1, help="lr of the backbone over --lr"
-    )
-    training.add_argument("--momentum", metavar="X", type=number(float, 0, 1), default=0.9, help="of SGD")
-    training.add_argument("--weight_decay", metavar="X", type=ratio, default=1e-4, help="on every parameter")
-    training.add_argument("--lr_policy", choices=["step", "poly"], default="step", help="poly: power 0.9")
-    training.add_argument(
-        "--step_size", metavar="N", type=count, default=1000, help="of step: iterations between two drops"
-    )
-    training.add_argument(
-        "--gamma", metavar="X", type=number(float, 0, 1), default=0.9, help="of step: factor at each drop"
-    )
-    training.add_argument(
-        "--warmup_itrs", metavar="N", type=number(int, 0), default=0, help="iterations of linear warm-up"
-    )
-    training.add_argument("--loss_type", choices=LOSSES, default="cross_entropy", help="mean over the valid pixels")
-    training.add_argument(
-        "--focal_gamma", metavar="X", type=ratio, default=2.0, help="of focal_loss; 0 is cross-entropy"
-    )
-    training.add_argument(
-        "--val_interval", metavar="N", type=number(int, 0), default=0, help="iterations; 0: every epoch"
-    )
-    training.add_argument(
-        "--val_batch_size", metavar="N", type=count, default=8, help="images, of one size, at native size"
-    )
-    training.add_argument(
-        "--print_interval", metavar="N", type=count, default=10, help="iterations between two loss lines"
-    )
-    training.add_argument(
-        "--random_seed",
-        metavar="N",
-        type=number(int, 0, 2**32 - 1),
-        default=1,
-        help="of weights, order and augmentation",
-    )
-    training.add_argument(
-        "--device", metavar="NAME", default="auto", help="auto: cuda where there is one, otherwise cpu"
-    )
-    training.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
+    add = parser.add_argument_group("training").add_argument
+    add("--total_itrs", metavar="N", type=count, default=5000, help="iterations (optimizer steps) in all")
+    add("--batch_size", metavar="N", type=count, default=8, help="images a step")
+    add("--crop_size", metavar="N", type=count, default=513, help="pixels, of the square training crop")
+    add("--num_workers", metavar="N", type=number(int, 0), default=2, help="processes that load data")
+    add("--lr", metavar="X", type=ratio, default=0.01, help="learning rate of the head")
+    add("--backbone_lr_factor", metavar="X", type=ratio, default=0.1, help="lr of the backbone over --lr")
+    add("--momentum", metavar="X", type=number(float, 0, 1), default=0.9, help="of SGD")
+    add("--weight_decay", metavar="X", type=ratio, default=1e-4, help="on every parameter")
+    add("--lr_policy", choices=["step", "poly"], default="step", help="poly: power 0.9")
+    add("--step_size", metavar="N", type=count, default=1000, help="of step: iterations between two drops")
+    add("--gamma", metavar="X", type=number(float, 0, 1), default=0.9, help="of step: factor at each drop")
+    add("--warmup_itrs", metavar="N", type=number(int, 0), default=0, help="iterations of linear warm-up")
+    add("--loss_type", choices=LOSSES, default="cross_entropy", help="mean over the valid pixels")
+    add("--focal_gamma", metavar="X", type=ratio, default=2.0, help="of focal_loss; 0 is cross-entropy")
+    add("--val_interval", metavar="N", type=number(int, 0), default=0, help="iterations; 0: every epoch")
+    add("--val_batch_size", metavar="N", type=count, default=8, help="images, of one size, at native size")
+    add("--print_interval", metavar="N", type=count, default=10, help="iterations between two loss lines")
+    seed = number(int, 0, 2**32 - 1)
+    add("--random_seed", metavar="N", type=seed, default=1, help="of weights, order and augmentation")
+    add("--device", metavar="NAME", default="auto", help="auto: cuda where there is one, otherwise cpu")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--run_name", metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
-    run.add_argument("--run_dir", metavar="DIR", default="runs", help="where runs are kept")
-    run.add_argument("--ckpt", metavar="FILE", help="weights to start from, to test, or to go on from")
-    run.add_argument("--continue_training", action="store_true", help="go on from the run's latest.pth, or --ckpt")
-    run.add_argument("--test_only", action="store_true", help="score --ckpt (or the run's best.pth) on --val_split")
-    run.add_argument("--save_val_results", action="store_true", help="save id masks and overlays of the pictures")
+    add = parser.add_argument_group("run").add_argument
+    add("--run_name", metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
+    add("--run_dir", metavar="DIR", default="runs", help="where runs are kept")
+    add("--ckpt", metavar="FILE", help="weights to start from, to test, or to go on from")
+    add("--continue_training", action="store_true", help="go on from the run's latest.pth, or --ckpt")
+    add("--test_only", action="store_true", help="score --ckpt (or the run's best.pth) on --val_split")
+    add("--save_val_results", action="store_true", help="save id masks and overlays of the pictures")
 
-    live = parser.add_argument_group("dashboard")
-    live.add_argument("--enable_vis", action="store_true", help="send curves to a visdom server")
-    live.add_argument("--vis_port", metavar="N", type=number(int, 1, 65535), default=8097, help="the server's")
-    live.add_argument("--vis_env", metavar="NAME", default="main", help="the dashboard's environment")
-    live.add_argument(
-        "--vis_num_samples", metavar="N", type=number(int, 0), default=8, help="image | truth | prediction strips"
-    )
+    add = parser.add_argument_group("dashboard").add_argument
+    add("--enable_vis", action="store_true", help="send curves to a visdom server")
+    add("--vis_port", metavar="N", type=number(int, 1, 65535), default=8097, help="the server's")
+    add("--vis_env", metavar="NAME", default="main", help="the dashboard's environment")
+    add("--vis_num_samples", metavar="N", type=number(int, 0), default=8, help="image | truth | prediction strips")
     return parser
