@@ -189,11 +189,24 @@ def test_tiles_share_an_eighth_by_default(length, other):
     assert tiles[0] == tiles[1] != tiles[2]
 
 
-def test_tiles_that_meet_at_the_pictures_edge_do_not_fade_there():
-    # At 0..64 and 16..80: the second is the only one at the right end, and must win there although it ends too.
-    fake = Scripted([1.0, 0.0], [0.0, 1.0])
+@pytest.mark.parametrize(("first", "second", "border"), [(1.0, 100.0, 20), (100.0, 1.0, 60)])
+def test_tiles_do_not_fade_at_the_pictures_edge(first, second, border):
+    # Tiles at 0..64 and 16..80: 100 (x - 16)^2 is (64 - x)^2 at 20.4, 100 (64 - x)^2 is (x - 16)^2 at 59.6.
+    fake = Scripted([first, 0.0], [0.0, second])
     prediction = predict_picture(fake, torch.zeros(3, 64, 80, dtype=torch.uint8), tile=64)
-    assert torch.equal(prediction[0], (torch.arange(80) >= 40).to(torch.uint8))
+    assert torch.equal(prediction[0], (torch.arange(80) >= border).to(torch.uint8))
+
+
+def test_tiles_are_predicted_in_the_precision_that_is_asked_for():
+    class Precise(ByColour):
+        def forward(self, x):
+            self.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            return super().forward(x)
+
+    for amp in (None, torch.bfloat16):
+        fake = Precise()
+        predict_picture(fake, colours(100, 20)[0], amp=amp, tile=64)
+        assert len(fake.seen) > 1 and fake.dtype == amp
 
 
 def seams(size, tile, overlap):
@@ -331,6 +344,11 @@ def test_sixteen_bits_are_scaled_to_eight_not_clipped(tmp_path, suffix):
     assert shown(tmp_path / f"a{suffix}")[0, :, 0].tolist() == [0, 1, 1, 4, 128, 255]
 
 
+def test_sixteen_bit_grey_with_a_transparent_value_is_scaled_too(tmp_path):
+    Image.fromarray(np.array([[0, 257, 65535]], np.uint16)).save(tmp_path / "a.png", transparency=257)
+    assert shown(tmp_path / "a.png")[0, :, 0].tolist() == [0, 1, 255]
+
+
 def test_sixteen_bit_colours_are_scaled_to_eight(tmp_path):
     deep = RGB.astype(">u2") * 257
     lines = b"".join(b"\0" + line.tobytes() for line in deep)
@@ -390,9 +408,12 @@ def test_picture_is_turned_upright_as_its_exif_orientation_says(tmp_path, suffix
         assert read_image(path).shape == (3, 16, 24)  # in training a mask must fit the pixels as stored
 
 
-def test_broken_exif_data_do_not_make_a_picture_unreadable(tmp_path):
-    Image.fromarray(RGB).save(tmp_path / "a.jpg", exif=b"Exif\0\0no header")
-    assert shown(tmp_path / "a.jpg").shape == RGB.shape
+@pytest.mark.parametrize("content", [b"no header", b"MM\0*\0"], ids=["text", "cut short"])
+def test_broken_exif_data_do_not_make_a_picture_unreadable(tmp_path, content):
+    Image.fromarray(RGB).save(tmp_path / "a.png", exif=b"Exif\0\0" + content)
+    with Image.open(tmp_path / "a.png") as picture, pytest.raises((SyntaxError, struct.error)):
+        picture.getexif()
+    assert (shown(tmp_path / "a.png") == RGB).all()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture", b"\xff\xd8\xff\xe0 cut"])
@@ -423,8 +444,8 @@ def save(path, height=20, width=30):
 
 
 def run(paths, out, **flags):
-    names = [f"class {k}" for k in range(7)]
-    return predict_files(ByColour(), paths, out, class_names=names, palette=voc_colormap(), **flags)
+    names = [f"class {k}" for k in range(8)]  # the last is in no picture
+    return predict_files(ByColour(8), paths, out, class_names=names, palette=voc_colormap(), **flags)
 
 
 def files_in(folder):
@@ -464,10 +485,10 @@ def test_each_picture_gets_mask_overlay_and_shares(tmp_path, flags):
             assert (np.array(drawn) == np.array(whole)).all()
     with (out / "shares.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["picture", "mask", *(f"class {k}" for k in range(7))]
+    assert rows[0] == ["picture", "mask", *(f"class {k}" for k in range(8))]
     assert [row[:2] for row in rows[1:]] == [["a.png", "masks/a.png"], ["b.png", "masks/b.png"]]
     for row, expected in zip(rows[1:], ids.values(), strict=True):
-        shares = np.bincount(expected.flatten(), minlength=7) / expected.size
+        shares = np.bincount(expected.flatten(), minlength=8) / expected.size
         assert [float(value) for value in row[2:]] == pytest.approx(shares, abs=1e-6)
 
 

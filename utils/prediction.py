@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from PIL.Image import Transpose
 from tqdm import tqdm
 
-from datasets.files import UNREADABLE, read_image
+from datasets.files import FULL_SCALE, UNREADABLE, read_image
 from network import build_model
 from network._deeplab import DeepLab
 from utils.checkpoint import load_checkpoint, load_model_state
@@ -95,14 +95,14 @@ def _turn_upright(picture: Image.Image) -> Image.Image:
     picture.load()  # turns a TIFF by itself
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    except (*UNREADABLE, struct.error, KeyError, TypeError):
+    except (*UNREADABLE, struct.error):
         return picture  # broken EXIF data, as viewers have it too
     return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
-    if not picture.has_transparency_data:
-        return picture
+    if picture.mode[0] in FULL_SCALE or not picture.has_transparency_data:
+        return picture  # deep greys: converted here they would be clipped
     picture, white = picture.convert("RGBA"), Image.new("RGB", picture.size, "white")
     white.paste(picture, mask=picture)
     return white
