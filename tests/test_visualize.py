@@ -259,7 +259,7 @@ def test_compare_tells_files_of_one_run_and_namesakes_apart(run, trained, drawn,
     monkeypatch.chdir(trained / "runs/a")
     run("compare", "--ckpt", "best.pth", "latest.pth", "--num", 1, "--device", "cpu")
     run("compare", "--ckpt", "best.pth", trained / "runs/a/best.pth", "--num", 1, "--device", "cpu")
-    first, second = ([axes.get_title() for axes in figure.axes][2:] for figure in drawn)
+    first, second = ([axes.get_title().replace("\n", "") for axes in figure.axes][2:] for figure in drawn)
     assert first == ["a", "a/latest"]
     assert second == ["best.pth", str(trained / "runs/a/best.pth")]
 

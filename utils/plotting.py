@@ -1,5 +1,6 @@
 """Drawing, without a display: grids of pictures, legends, bars and curves."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def add_legend(figure: Figure, dataset: SegmentationDataset, class_ids: Sequence
 def show(axes: Axes, picture: np.ndarray | None, title: str = "", label: str = "") -> None:
     """One picture, RGB `[H, W, 3]` uint8, with a title above and a label below; None where it is missing."""
     axes.set(xticks=[], yticks=[])
-    axes.set_title(title, fontsize=9)
+    axes.set_title("\n".join(textwrap.wrap(title, 30)), fontsize=9)  # names of runs are long
     axes.set_xlabel(label, fontsize=8)
     if picture is None:
         axes.text(0.5, 0.5, "photograph\nmissing", ha="center", va="center", color="0.4", transform=axes.transAxes)
