@@ -153,7 +153,7 @@ def train(
         state.restore(checkpoint)
         run.log(f"Training state restored from {opts.ckpt}")
         if state.cur_itrs >= opts.total_itrs:
-            run.log(f"finished: {state.cur_itrs} of {opts.total_itrs} iterations are done")
+            run.log(f"finished: {state.cur_itrs} iterations are done, --total_itrs is {opts.total_itrs}")
             run.log("\n".join([*format_scores(state.scores), *format_class_table(state.scores, val_set.class_names)]))
             return report(run, state)
 
@@ -175,6 +175,9 @@ def train(
     show_history(vis, run.history())
     try:
         run_training(opts, run, state=state, loader=loader, val_loader=val_loader, amp=amp, vis=vis)
+    except InputError:
+        run.discard_unless_validated()
+        raise
     finally:
         vis.close()
     return report(run, state)
@@ -222,7 +225,7 @@ def run_training(
         since_row.add(loss)
 
         epoch = (state.cur_itrs - 1) // itrs_per_epoch + 1
-        if state.cur_itrs % opts.print_interval == 0:
+        if state.cur_itrs % opts.print_interval == 0 or state.cur_itrs == opts.total_itrs:
             mean, speed = finite(since_print.pop(), state.cur_itrs), (bar.format_dict["rate"] or 0) * opts.batch_size
             bar.set_postfix_str(f"loss={mean:.4f}, lr={lr:.2e}, {speed:.1f} images/s")
             run.log(f"Epoch {epoch}, Itrs {state.cur_itrs}/{opts.total_itrs}, Loss={mean:.6f}")

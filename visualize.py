@@ -6,6 +6,7 @@ python visualize.py check   --dataset folder --data_root my_data        # the da
 python visualize.py compare --ckpt runs/A/best.pth runs/B/best.pth      # RGB | ground truth | A | B
 python visualize.py curves  runs/A runs/B                               # mIoU, loss and learning rate
 python visualize.py predict --ckpt runs/A/best.pth --input photos       # masks and overlays of any pictures
+python visualize.py sam     --ckpt runs/A/best.pth                      # Segment Anything's masks and A's classes
 python visualize.py report  runs/A runs/B                               # all of it in one HTML file
 """
 
@@ -18,6 +19,7 @@ from datasets.check import check_dataset, format_findings
 from datasets.files import VOID
 from datasets.stats import choose_samples, class_statistics, format_statistics, statistics_table
 from datasets.voc import SegmentationDataset
+from network import sam_report
 from utils.checkpoint import require_classes
 from utils.cli import Parser, exit_codes, number
 from utils.engine import choose_amp, choose_device, predict
@@ -66,6 +68,12 @@ def get_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--overlap", type=int, metavar="N", help="of two tiles (default: an eighth of --tile)")
 
+    command = add(sam, "sam", "Segment Anything's masks, and a prediction that takes its outlines from them")
+    add_data(command, num=5, out="results/sam.png")
+    add_models(command, required=False)
+    command.add_argument("--input", metavar="PATH", help="a picture, or a folder of them, instead of a data set")
+    sam_report.add_flags(command)
+
     command = add(report, "report", "one HTML file of runs: options, scores, curves and pictures")
     add_runs(command, out="results/report.html")
     command.add_argument("--num", type=number(int, 1), default=5, metavar="N", help="images to compare")
@@ -96,8 +104,8 @@ def add_data(
         parser.add_argument("--out", default=out, metavar="FILE", help="the picture to write")
 
 
-def add_models(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    parser.add_argument("--ckpt", required=True, nargs=nargs, metavar="FILE", help="written by main.py")
+def add_models(parser: argparse.ArgumentParser, *, nargs: str | None = None, required: bool = True) -> None:
+    parser.add_argument("--ckpt", required=required, nargs=nargs, metavar="FILE", help="written by main.py")
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto: cuda where there is one, otherwise cpu"
     )
@@ -236,6 +244,35 @@ def predict_any(opts: argparse.Namespace) -> None:
     print(
         f"Written: {opts.out}/masks, {opts.out}/overlays and {opts.out}/shares.csv of {len(paths) - len(unreadable)}"
     )
+
+
+def sam(opts: argparse.Namespace) -> None:
+    sam_report.require_fitting(opts)
+    device = choose_device(opts.device)
+    amp = choose_amp(opts.amp, device)
+    if opts.input:
+        dataset, items = None, sam_report.picture_items(list_pictures(opts.input)[: opts.num])
+    else:
+        dataset = open_data(opts, lists=Path(opts.ckpt).parent / "splits" if opts.ckpt else None)
+        any_of = sam_report.choose_any(dataset, opts.eval, opts.random_seed) if opts.eval else None
+        items = sam_report.dataset_items(dataset, any_of or choose(opts, dataset, must_cover=False))
+    trained = load_model(opts.ckpt, device) if opts.ckpt else None
+    if trained and dataset:
+        require_classes(trained.class_names, dataset.class_names, opts.ckpt)
+    generate = sam_report.mask_generator(opts, device, amp)
+    unreadable, out = [], Path(opts.out)
+    rule = {"min_area": opts.min_area, "min_confidence": opts.min_confidence}
+    results = sam_report.results(items, generate, trained, amp=amp, unreadable=unreadable, **rule)
+    if opts.eval:
+        out = out.with_suffix(".csv")
+        counts = sam_report.score(results, len(items), dataset.class_names, out)
+    else:
+        masks_name = "true masks" if opts.true_masks else "SAM"
+        counts = sam_report.draw(results, out, owner=dataset or trained, masks_name=masks_name)
+    if counts:
+        print(f"{sam_report.summary(counts, device)}\nWritten: {out}")
+    if unreadable:
+        raise InputError(f"{len(unreadable)} of {len(items)} pictures cannot be used: {'; '.join(unreadable)}")
 
 
 def report(opts: argparse.Namespace) -> None:

@@ -92,8 +92,8 @@ def _download(urls: Iterable[str], tar: Path, *, md5: str, timeout: float) -> No
             return
         failures.append(f"{url} ({failure})")
     raise InputError(
-        f"VOC 2012 cannot be downloaded: {', '.join(failures)}; get {tar.name} (md5 {md5}) by other means, "
-        f"put it in {tar.parent} and run again"
+        f"VOC 2012 cannot be downloaded: get {tar.name} (md5 {md5}) by other means, put it in {tar.parent} and run "
+        f"again; tried: {', '.join(failures)}"
     )
 
 

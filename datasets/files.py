@@ -65,7 +65,7 @@ def read_mask(path: Path, num_classes: int) -> torch.Tensor:
     if stray.size:
         raise InputError(
             f"{path}: value {int(stray[0])} is neither a class (0..{num_classes - 1}) nor void ({VOID}); "
-            "mend the mask or name the class"
+            "mend the mask, or name the class in class_names.txt"
         )
     return torch.from_numpy(mask.astype(np.uint8))
 

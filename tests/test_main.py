@@ -61,7 +61,7 @@ def test_a_run_leaves_its_files_and_says_what_the_field_knows(start, tmp_path):
         "best.pth",
     }
     for line in (
-        "Device: cpu",
+        "Dataset: folder, Train set: 4",
         "Dataset: folder, Train set: 4, Val set: 3",
         "Epoch 3, Itrs 5/5, Loss=",
         f"Model saved as {run / 'latest.pth'}",
@@ -286,6 +286,7 @@ def test_no_imagenet_download_when_a_checkpoint_is_given(folder, start, tmp_path
         (["--device", "cuda:99"], ["--device cuda:99"]),
         (["--crop_size", "0"], ["--crop_size", "0 is not in 1 and above"]),
         (["--test_only", "--continue_training"], ["--test_only", "--continue_training"]),
+        (["--ckpt", "."], ["--ckpt .: is a folder"]),
         (["--no_such_flag"], ["--no_such_flag"]),
     ],
 )
@@ -325,6 +326,24 @@ def test_bad_sample_met_in_training_is_named(folder, refused, damage, words, wor
     damage(folder)
     line = refused("--run_name", "a", "--total_itrs", 4, "--num_workers", workers)
     assert all(word in line for word in words) and "Traceback" not in line
+
+
+def test_start_that_failed_on_bad_data_leaves_its_name_free(folder, start, refused, tmp_path):
+    mask = (folder / "SegmentationClass/a1.png").read_bytes()
+    damage_value(folder)
+    assert "value 77" in refused("--run_name", "a", "--total_itrs", 4)
+    assert not (tmp_path / "runs/a").exists()
+    (folder / "SegmentationClass/a1.png").write_bytes(mask)
+    start("--run_name", "a", "--total_itrs", 2)
+
+
+def test_bad_data_after_a_validation_leaves_the_run_as_it_was(folder, start, refused, tmp_path):
+    start("--run_name", "a", "--total_itrs", 2)
+    damage_value(folder)
+    refused("--run_name", "a", "--total_itrs", 6, "--continue_training")
+    assert {"history.csv", "latest.pth", "best.pth", "options.json"} <= {
+        p.name for p in (tmp_path / "runs/a").iterdir()
+    }
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ def load_file(path: Path, flag: str) -> dict:
 
     Raises InputError, naming the flag that gave the file.
     """
+    if path.is_dir():
+        raise InputError(f"{flag} {path}: is a folder; name the file in it, such as best.pth")
     if not path.is_file():
         raise InputError(f"{flag} {path}: there is no such file")
     try:

@@ -1,6 +1,9 @@
-"""Scores of semantic segmentation, all from one confusion matrix."""
+"""Scores of semantic segmentation, from one confusion matrix; boundary IoU."""
+
+import math
 
 import torch
+import torch.nn.functional as F
 
 from utils.errors import InputError
 
@@ -96,3 +99,48 @@ def format_class_table(result: dict, class_names: list[str]) -> list[str]:
     rows = zip(class_names, result["Class IoU"], strict=True)
     lines = [f"{name:<{width}}  {'-' if iou != iou else f'{iou:.4f}':>6}" for name, iou in rows]
     return [f"{'class':<{width}}  {'IoU':>6}", *lines]
+
+
+def boundary(masks: torch.Tensor, dilation_ratio: float = 0.02) -> torch.Tensor:
+    """The pixels of bool `[..., H, W]` masks that lie within d of their outline, d = `dilation_ratio` of the diagonal
+    in whole pixels, 1 at least (Cheng et al. 2021, arXiv 2103.16562, section 4 and its published code: d erosions by
+    a 3x3 square). The picture's edge is an outline too."""
+    height, width = masks.shape[-2:]
+    reach = max(1, round(dilation_ratio * math.hypot(height, width)))
+    outside = F.pad((~masks).float().reshape(-1, 1, height, width), [reach] * 4, value=1.0)  # [N, 1, H + 2d, W + 2d]
+    side = 2 * reach + 1  # d erosions by 3x3 are one by this square, and a square is a row after a column
+    near = F.max_pool2d(F.max_pool2d(outside, (side, 1), stride=1), (1, side), stride=1)  # [N, 1, H, W]
+    return masks & near.reshape(masks.shape).bool()
+
+
+class BoundaryIoU:
+    """IoU of the pixels near the outlines, per class, summed over any number of pictures (Cheng et al. 2021, eq. 2).
+
+    Void pixels of the target belong to no class in either map: a class ends where void begins in the prediction
+    as in the target, so a perfect prediction scores 1 whatever it says on void, and no void pixel is counted.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu", dilation_ratio: float = 0.02) -> None:
+        self.num_classes, self.dilation_ratio = num_classes, dilation_ratio
+        self._counts = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # intersection, union
+
+    def update(self, target: torch.Tensor, prediction: torch.Tensor) -> None:
+        """Adds one picture: class ids `[H, W]`, uint8 or any integers in 0..255; a target of 255 is void.
+
+        Raises ValueError for other shapes or dtypes, InputError for ids outside 0..255.
+        """
+        if target.shape != prediction.shape or target.ndim != 2:
+            raise ValueError(f"target {tuple(target.shape)} and prediction {tuple(prediction.shape)} are not [H, W]")
+        target, prediction = as_uint8(target), as_uint8(prediction)
+        prediction = torch.where(target == LABELS - 1, target, prediction)
+        for class_id in range(self.num_classes):  # one at a time: a stack of all would be large
+            both = torch.stack([target == class_id, prediction == class_id])  # [2, H, W]
+            if both.any():
+                near = boundary(both, self.dilation_ratio)
+                self._counts[:, class_id] += torch.stack([near.all(dim=0).sum(), near.any(dim=0).sum()])
+
+    def compute(self) -> dict:
+        """ "Mean Boundary IoU" and "Class Boundary IoU" in 0..1; absent classes as in `scores`."""
+        intersection, union = self._counts.double().cpu()
+        class_iou = intersection / union  # 0 / 0 = NaN: in neither
+        return {"Mean Boundary IoU": class_iou.nanmean().item(), "Class Boundary IoU": class_iou.tolist()}

@@ -7,17 +7,20 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
 from datasets.files import VOID
 from datasets.stats import ClassStatistics
 from datasets.voc import SegmentationDataset
 from network._deeplab import DeepLab
+from network.sam import Mask
 from utils.atomic import replacing
 from utils.engine import evaluating, predict
 from utils.errors import InputError
@@ -112,7 +115,7 @@ def draw_statistics(statistics: ClassStatistics, palette: np.ndarray, path: Path
         axes.margins(y=0.01)
         axes.grid(axis="x", alpha=0.3)
         axes.xaxis.set_minor_formatter(NullFormatter())  # their labels would overlap
-    shares.xaxis.set_major_formatter(PercentFormatter(1))
+    shares.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     images.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     shares.invert_yaxis()
     figure.suptitle(
@@ -182,6 +185,7 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(alpha=0.3)
         axes.margins(y=0.15)
+    all_axes[2].set_ylim(bottom=0)
     figure.legend(handles=all_axes[0].get_lines()[::2], loc="outside lower center", frameon=False)
     save(figure, path)
 
@@ -203,3 +207,25 @@ def prediction_strip(
         prediction = predict(model, image[None].to(model.device), amp)[0].cpu()  # [H, W]
     colours = [torch.from_numpy(dataset.decode_target(ids)).permute(2, 0, 1) for ids in (mask, prediction)]
     return torch.cat([image, *colours], dim=2)
+
+
+def draw_masks(image: torch.Tensor, masks: Sequence[Mask]) -> np.ndarray:
+    """The picture, uint8 RGB `[3, H, W]`, under its masks, each in a random colour of its own (always the same ones)
+    with an outline, smaller ones on top. RGB `[H, W, 3]` uint8."""
+    drawing = hwc(image).copy()
+    width = max(1, round(min(drawing.shape[:2]) / 150))  # of an outline, in pixels
+    rng = np.random.default_rng(1)
+    order = sorted(range(len(masks)), key=lambda number: -masks[number].area)
+    # Hues a golden section apart never come close to one another, however many there are.
+    hues = (rng.random() + np.arange(len(masks)) * 0.618034) % 1
+    colours = (
+        hsv_to_rgb(np.stack([hues, rng.uniform(0.65, 1, len(masks)), rng.uniform(0.75, 1, len(masks))], 1)) * 255
+    )
+    for rank, number in enumerate(order):
+        mask = masks[number]
+        inside, pixels = mask.pixels(), drawing[mask.window]  # a view
+        pixels[inside] = (0.45 * pixels[inside] + 0.55 * colours[rank]).astype(np.uint8)
+        edge = torch.from_numpy(np.pad(~inside, width, constant_values=True))[None, None].float()
+        near = F.max_pool2d(edge, 2 * width + 1, stride=1)[0, 0].bool().numpy()
+        pixels[inside & near] = 255
+    return drawing

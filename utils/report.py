@@ -35,7 +35,7 @@ TABLE_CLASSES = 30  # of a confusion matrix with more, those with the most error
 ENVIRONMENT = ("versions", "device_name", "git_commit", "command")  # what options.json holds besides options
 REQUIRED = {"dataset", "data_root", "year", "train_split", "val_split"}  # options that are read here
 REQUIRED |= {"random_seed", "batch_size", "total_itrs", "amp", *ENVIRONMENT}
-OWN_TO_EACH = {"run_name", "run_dir", "command"}  # differ in every run and mean nothing
+OWN_TO_EACH = {"run_name", "run_dir", "command", "continue_training", "ckpt"}  # differ in every run and mean nothing
 
 # What one sees in each section, and how to read it.
 INTRODUCTIONS = {
@@ -44,7 +44,8 @@ INTRODUCTIONS = {
     "highest mIoU, when best.pth was saved. Overall Acc is the share of pixels that are right, Mean Acc the mean of "
     "that share over the classes, FreqW Acc the IoU weighted by how frequent a class is. Void is not counted.",
     "Options and environment": "What each run was asked to do; what differs between runs is marked. With these "
-    "versions, on this device and at this commit, the commands repeat the runs.",
+    "versions, on this device and at this commit, the commands repeat the runs; of a run that was continued the last "
+    "start is shown (its log.txt has each).",
     "Training curves": "Left: mIoU at each validation, its best marked by a star. Middle: the training loss, a mean "
     "since the validation before. Right: the learning rate of the head. Where the loss goes on falling and mIoU "
     "falls too, the model overfits; where mIoU still rises at the end, more iterations may help.",

@@ -1,10 +1,12 @@
 """The folder of a run: what it was asked for, what it said, what it scored."""
 
+import contextlib
 import csv
 import io
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +53,19 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "options.json", json.dumps(options | environment(device), indent=2) + "\n")
             self.started = True
-            self._write_log(self._early)
+            self._write_log([f"Command: {command()}", *self._early])
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written ({error.strerror}); give another --run_dir") from None
+
+    def discard_unless_validated(self) -> None:
+        """Removes what a start left that failed on its input before the first validation: its name is free again."""
+        if not (self.folder / "history.csv").exists() and not (self.folder / "latest.pth").exists():
+            self.started = False
+            for name in ("options.json", "log.txt", "splits"):
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else lies in it
+                self.folder.rmdir()
 
     def log(self, message: str) -> None:
         """A line on the screen, above any progress bar, and in `log.txt`."""
@@ -146,8 +158,12 @@ def environment(device: torch.device) -> dict:
         "versions": versions,
         "git_commit": commit,
         "device_name": device_name(device),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": command(),
     }
+
+
+def command() -> str:
+    return shlex.join([Path(sys.executable).name, *sys.argv])
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,252 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    SamConfig,
+    SamImageProcessor,
+    SamMaskDecoderConfig,
+    SamModel,
+    SamProcessor,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+)
+
+import main
+import visualize
+from network.sam import Mask, generate_masks, load_sam, refine, true_masks
+from tests.conftest import TINY
+from utils.errors import InputError
+from utils.metrics import BoundaryIoU, boundary
+from utils.plotting import draw_masks
+
+CPU = torch.device("cpu")
+ANY = "--min_score 0 --min_stability 0 --points_per_side 2 --device cpu --amp off".split()
+
+
+@pytest.fixture(scope="module")
+def sam_folder(tmp_path_factory):
+    """The real SamModel, tiny and with random weights, and its processor."""
+    folder = tmp_path_factory.mktemp("sam")
+    small = {"image_size": 64, "patch_size": 16}
+    vision = SamVisionConfig(
+        hidden_size=16, output_channels=16, num_hidden_layers=1, num_attention_heads=2, window_size=2,
+        global_attn_indexes=[0], num_pos_feats=8, mlp_dim=32, **small,
+    )  # fmt: skip
+    prompts = SamPromptEncoderConfig(hidden_size=16, mask_input_channels=4, **small)
+    decoder = SamMaskDecoderConfig(hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16)
+    torch.manual_seed(0)
+    parts = (vision.to_dict(), prompts.to_dict(), decoder.to_dict())
+    config = SamConfig(vision_config=parts[0], prompt_encoder_config=parts[1], mask_decoder_config=parts[2])
+    SamModel(config).save_pretrained(folder)
+    side = {"height": 64, "width": 64}
+    SamProcessor(SamImageProcessor(size={"longest_edge": 64}, pad_size=side)).save_pretrained(folder)
+    return folder
+
+
+def probabilities_of(ids, num_classes=3, sure=0.8):
+    one_hot = torch.nn.functional.one_hot(ids.long(), num_classes).permute(2, 0, 1).float()
+    return one_hot * (sure - (1 - sure) / (num_classes - 1)) + (1 - sure) / (num_classes - 1)
+
+
+def square(top, left, side, size=40):
+    inside = np.zeros((size, size), bool)
+    inside[top : top + side, left : left + side] = True
+    return inside
+
+
+def test_a_perfect_outline_repairs_a_ragged_prediction():
+    truth = torch.from_numpy(square(10, 10, 20)).to(torch.uint8)
+    ragged = truth.clone()
+    ragged[10:30:2, 10:14] = 0
+    ragged[10:30:3, 30:33] = 1
+    masks = true_masks(truth, void=255)
+    assert len(masks) == 2 and (ragged != truth).any()
+    assert (refine(probabilities_of(ragged), masks) == truth).all()
+
+
+def test_zero_masks_and_masks_wholly_over_background_change_nothing():
+    ids = torch.from_numpy(square(10, 10, 10)).to(torch.uint8)
+    assert (refine(probabilities_of(ids), []) == ids).all()
+    assert (refine(probabilities_of(ids), [Mask.of(square(22, 3, 15))]) == ids).all()
+
+
+def test_where_masks_overlap_the_smaller_wins_in_any_order():
+    ids = torch.zeros(40, 40, dtype=torch.uint8)
+    ids[10:20, 10:20] = 2
+    masks = [Mask.of(square(10, 10, 10)), Mask.of(square(0, 0, 40))]
+    assert (refine(probabilities_of(ids), masks) == ids).all()
+    assert (refine(probabilities_of(ids), masks[::-1]) == ids).all()
+    assert (refine(probabilities_of(ids), masks[1:]) == 0).all()
+
+
+def test_small_and_doubtful_masks_leave_the_prediction():
+    ids = torch.from_numpy(square(10, 10, 6)).to(torch.uint8)
+    mask = [Mask.of(square(10, 10, 8))]  # 64 pixels, 36 of them of class 1: its mean is 0.49
+    assert (refine(probabilities_of(ids), mask, min_area=65, min_confidence=0) == ids).all()
+    assert (refine(probabilities_of(ids), mask, min_confidence=0.6) == ids).all()
+    assert int((refine(probabilities_of(ids), mask, min_confidence=0.4) == 1).sum()) == 64
+
+
+def test_a_mask_is_packed_and_comes_back_whole():
+    inside = np.random.default_rng(0).random((31, 45)) < 0.3
+    mask = Mask.of(inside)
+    again = np.zeros_like(inside)
+    again[mask.window] = mask.pixels()
+    assert (again == inside).all() and mask.area == inside.sum() and mask.bits.nbytes <= inside.size // 8 + 1
+
+
+def test_true_masks_are_the_connected_regions_that_scipy_finds():
+    from scipy.ndimage import label
+
+    ids = np.random.default_rng(0).integers(0, 3, (30, 37)).astype(np.uint8)
+    ids[ids == 2] = 255
+    masks = true_masks(torch.from_numpy(ids), void=255)
+    assert len(masks) == sum(label(ids == value)[1] for value in (0, 1))
+    assert sum(mask.area for mask in masks) == (ids != 255).sum()
+
+
+def test_masks_of_the_real_model_are_bounded_in_number_and_the_same_for_any_batch(sam_folder):
+    sam, image = load_sam(str(sam_folder), CPU), torch.randint(0, 256, (3, 48, 80), dtype=torch.uint8)
+    bounds = {"points_per_side": 3, "min_score": 0, "min_stability": 0}
+    one, all_at_once = (generate_masks(sam, image, points_per_batch=n, **bounds) for n in (1, 64))
+    assert one and [m.area for m in one] == [m.area for m in all_at_once]
+    assert len(generate_masks(sam, image, max_masks=1, **bounds)) == 1
+    assert generate_masks(sam, image, points_per_side=3) == []  # random weights pass no threshold
+
+
+def test_no_float_mask_of_a_large_picture_is_kept(sam_folder, monkeypatch):
+    monkeypatch.setattr("network.sam.MASK_PIXELS", 2**20)
+    sam, sizes = load_sam(str(sam_folder), CPU), []
+    enlarge = sam.processor.post_process_masks
+
+    def spy(*arguments, **keywords):
+        large = enlarge(*arguments, **keywords)
+        sizes.append(large[0].numel())
+        return large
+
+    monkeypatch.setattr(sam.processor, "post_process_masks", spy)
+    image = torch.zeros(3, 600, 800, dtype=torch.uint8)
+    masks = generate_masks(sam, image, points_per_side=3, min_score=0, min_stability=0)
+    assert sum(sizes) == 27 * 600 * 800 and max(sizes) <= 2**20
+    assert all(mask.bits.nbytes <= 600 * 800 // 8 for mask in masks)
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(sam_folder, monkeypatch):
+    sam, tried = load_sam(str(sam_folder), CPU), []
+    forward = sam.model.forward
+
+    def small_memory(*arguments, input_points, **keywords):
+        tried.append(input_points.shape[1])
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(*arguments, input_points=input_points, **keywords)
+
+    monkeypatch.setattr(sam.model, "forward", small_memory)
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    generate_masks(sam, image, points_per_side=2, points_per_batch=8)
+    assert tried == [4, 4, 2, 2]  # 8 and 4 fail on the four points
+
+
+def test_boundary_is_the_ring_inside_the_outline():
+    near = boundary(torch.from_numpy(square(10, 10, 20)), 0.02)  # diagonal 56.6: 1 pixel
+    assert int(near.sum()) == 20 * 20 - 18 * 18
+    assert int(boundary(torch.ones(40, 40, dtype=torch.bool)).sum()) == 40 * 40 - 38 * 38
+
+
+def test_boundary_iou_counts_no_void_and_leaves_absent_classes_out():
+    target = torch.from_numpy(square(10, 10, 20)).to(torch.uint8)
+    target[9:12] = 255
+    prediction = target.clone()
+    prediction[target == 255] = 1
+    measure = BoundaryIoU(3)
+    measure.update(target, prediction)
+    result = measure.compute()
+    assert result["Mean Boundary IoU"] == 1 and result["Class Boundary IoU"][2] != result["Class Boundary IoU"][2]
+
+
+def test_masks_are_drawn_inside_and_nothing_outside():
+    image = torch.full((3, 40, 40), 90, dtype=torch.uint8)
+    drawn = draw_masks(image, [Mask.of(square(5, 5, 20)), Mask.of(square(28, 28, 10))])
+    inside = square(5, 5, 20) | square(28, 28, 10)
+    assert ((drawn != 90).any(axis=2) == inside).all() and (drawn[5, 5] == 255).all()
+    assert (drawn[15, 15] != drawn[33, 33]).any()
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def run(folder, sam_folder, tmp_path, capsys):
+    def start(*arguments, data=True):
+        flags = ["--dataset", "folder", "--data_root", str(folder)] if data else []
+        out = tmp_path / "sam.png"
+        visualize.main(["sam", "--sam", str(sam_folder), "--out", str(out), *ANY, *flags, *map(str, arguments)])
+        return capsys.readouterr().out, out
+
+    return start
+
+
+@pytest.fixture
+def ckpt(folder, tmp_path):
+    arguments = ["--dataset", "folder", "--data_root", str(folder), "--run_dir", str(tmp_path / "runs"), *TINY]
+    main.main([*arguments, "--run_name", "a", "--total_itrs", "2"])
+    return tmp_path / "runs/a/best.pth"
+
+
+def test_sam_draws_with_and_without_a_model_and_scores_a_split(run, ckpt):
+    out, path = run("--num", 2)
+    assert path.is_file() and out.count("masks 0") == 2 and "peak memory" in out
+    out, _ = run("--num", 1, "--ckpt", ckpt)
+    assert "refinement" in out
+    out, path = run("--eval", "all", "--ckpt", ckpt, "--true_masks")
+    with path.with_suffix(".csv").open() as file:
+        assert [row["class"] for row in csv.DictReader(file)] == ["sky", "road", "tree", "car", "mean"]
+    assert "4 images, a mean time" in out
+
+
+def test_zero_masks_are_a_result(run):
+    out, path = run("--num", 1, "--min_score", 0.99)
+    assert "0 masks" in out and path.is_file()
+
+
+def test_an_unreadable_picture_exits_with_2_after_the_others_are_drawn(run, folder, capsys):
+    (folder / "JPEGImages/a0.jpg").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stop:
+        run("--input", folder / "JPEGImages", "--num", 2, data=False)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "a0.jpg" in printed.err and len(printed.err.splitlines()) == 1
+    assert "a1.jpg: " in printed.out and "Written" in printed.out
+
+
+def test_folders_without_a_sam_and_names_without_a_hub_are_refused(sam_folder, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in (str(tmp_path / "missing"), "facebook/sam-of-nowhere"):
+        with pytest.raises(InputError, match="is no folder, and the hub does not give it"):
+            load_sam(name, CPU)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no SAM that can be loaded"):
+        load_sam(str(tmp_path / "empty"), CPU)
+    lame = tmp_path / "lame"
+    lame.mkdir()
+    for name in ("config.json", "processor_config.json"):
+        (lame / name).write_bytes((sam_folder / name).read_bytes())
+    weights = load_file(sam_folder / "model.safetensors")
+    weights.pop(next(key for key in weights if "iou_prediction_head" in key))
+    save_file(weights, lame / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="1 weights of SAM are missing"):
+        load_sam(str(lame), CPU)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--eval", "2"], "add --ckpt"), (["--input", "x", "--true_masks"], "--input"), (["--eval", "0"], "--eval")],
+)
+def test_flags_that_do_not_fit_are_refused(run, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
