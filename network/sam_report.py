@@ -63,8 +63,13 @@ def mask_generator(opts: argparse.Namespace, device: torch.device, amp: torch.dt
     if opts.true_masks:
         return lambda image, target: true_masks(target, VOID)
     sam = load_sam(opts.sam, device)
-    names = "points_per_side points_per_batch min_score min_stability max_masks".split()
-    options = {name: getattr(opts, name) for name in names}
+    options = {
+        "points_per_side": opts.points_per_side,
+        "points_per_batch": opts.points_per_batch,
+        "min_score": opts.min_score,
+        "min_stability": opts.min_stability,
+        "max_masks": opts.max_masks,
+    }
     return lambda image, target: generate_masks(sam, image, amp=amp, **options)
 
 
