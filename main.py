@@ -253,12 +253,15 @@ def run_training(
 
 
 def keep(opts: argparse.Namespace, run: Run, state: TrainingState, dataset: SegmentationDataset) -> None:
-    """Saves `latest.pth` after each validation, and `best.pth` where its mIoU is the best so far."""
-    names = ["latest.pth"]  # the last one: were it first, a kill in between would lose the best model
+    """Saves `best.pth` where the mIoU is the best so far, and `latest.pth` after each validation.
+
+    In that order: a kill between the two would otherwise lose the best model.
+    """
+    names = ["latest.pth"]
     if state.scores["Mean IoU"] > state.best_score:
         state.best_score, state.best_itr = state.scores["Mean IoU"], state.cur_itrs
         run.log(f"new best mIoU: {state.best_score:.6f}")
-        names.insert(0, "best.pth")
+        names = ["best.pth", "latest.pth"]
     for name in names:
         state.save(run.folder / name, opts=opts, dataset=dataset)
         run.log(f"Model saved as {run.folder / name}")

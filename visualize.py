@@ -24,7 +24,7 @@ from utils.checkpoint import require_classes
 from utils.cli import Parser, exit_codes, number
 from utils.engine import choose_amp, choose_device, predict
 from utils.errors import InputError
-from utils.metrics import ConfusionMatrix
+from utils.metrics import image_iou
 from utils.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
 from utils.prediction import TILE, list_pictures, load_model, predict_files
 from utils.report import write_report
@@ -183,9 +183,8 @@ def compare(opts: argparse.Namespace) -> None:
         present |= set(mask.unique().tolist())
         for trained in models:
             prediction = predict(trained.model, image[None].to(device), amp)[0].cpu()
-            confusion = ConfusionMatrix(dataset.num_classes)
-            confusion.update(mask, prediction)
-            row.append((dataset.decode_target(prediction), f"mIoU {confusion.compute()['Mean IoU']:.4f}"))
+            iou = image_iou(mask, prediction, dataset.num_classes)
+            row.append((dataset.decode_target(prediction), f"mIoU {iou:.4f}"))
             present |= set(prediction.unique().tolist())
             if opts.errors:
                 wrong = ((prediction != mask) & (mask != VOID)).sum() / (mask != VOID).sum().clamp_min(1)

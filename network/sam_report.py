@@ -18,7 +18,7 @@ from network.sam import Mask, generate_masks, load_sam, refine, true_masks
 from utils.cli import number
 from utils.engine import autocast, normalize
 from utils.errors import InputError
-from utils.metrics import BoundaryIoU, ConfusionMatrix
+from utils.metrics import BoundaryIoU, ConfusionMatrix, image_iou
 from utils.plotting import draw_grid, draw_masks, hwc
 from utils.prediction import TrainedModel, read_any
 from utils.run import peak_memory_mb, write_csv
@@ -194,9 +194,7 @@ def draw(
 def _miou(result: Result, ids: torch.Tensor, owner: SegmentationDataset | TrainedModel) -> str:
     if result.target is None or ids is result.target:
         return ""
-    confusion = ConfusionMatrix(len(owner.class_names))
-    confusion.update(result.target, ids)
-    return f"mIoU {confusion.compute()['Mean IoU']:.4f}"
+    return f"mIoU {image_iou(result.target, ids, len(owner.class_names)):.4f}"
 
 
 def score(found: Iterable[Result], total: int, class_names: list[str], path: Path) -> list[int]:

@@ -11,6 +11,7 @@ import visualize
 from datasets import build_dataset
 from tests.conftest import TINY, write_picture, write_voc_layout
 from utils import plotting
+from utils.metrics import ConfusionMatrix
 from utils.run import Run
 
 SPLITS = {"train": ["a1", "a2", "a3", "a4"], "val": ["b1", "b2", "b3"]}
@@ -218,7 +219,7 @@ def test_compare_shows_rgb_truth_and_a_column_per_model_with_its_miou(run, train
     model = visualize.load_model(ckpts[0], torch.device("cpu")).model
     prediction = visualize.predict(model, dataset.image(index)[None])[0]
     assert (shown[2] == dataset.decode_target(prediction)).all()
-    confusion = visualize.ConfusionMatrix(4)
+    confusion = ConfusionMatrix(4)
     confusion.update(dataset.mask(index), prediction)
     label = f"mIoU {confusion.compute()['Mean IoU']:.4f}"
     assert figure.axes[2].get_xlabel() == label and label in out

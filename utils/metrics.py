@@ -88,6 +88,13 @@ def scores(matrix: torch.Tensor) -> dict:
     }
 
 
+def image_iou(target: torch.Tensor, prediction: torch.Tensor, num_classes: int) -> float:
+    """mIoU of one picture, class ids `[H, W]` each on the same device; NaN where nothing is labelled."""
+    confusion = ConfusionMatrix(num_classes, target.device)
+    confusion.update(target, prediction)
+    return confusion.compute()["Mean IoU"]
+
+
 def format_scores(result: dict) -> list[str]:
     """The four scores, one a line."""
     return [f"{name}: {result[name]:.6f}" for name in ("Overall Acc", "Mean Acc", "FreqW Acc", "Mean IoU")]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from datasets.files import FULL_SCALE, UNREADABLE, read_image
 from network import build_model
 from network._deeplab import DeepLab
+from utils.atomic import replacing
 from utils.checkpoint import load_checkpoint, load_model_state
 from utils.engine import autocast, evaluating, normalize, predict
 from utils.errors import InputError
@@ -268,10 +269,9 @@ def _overlay(image: torch.Tensor, ids: torch.Tensor, palette: np.ndarray) -> Ima
 
 
 def _save(picture: Image.Image, path: Path, kind: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(temporary, format=kind)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            picture.save(temporary, format=kind)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); give another --out") from None

@@ -24,7 +24,7 @@ from datasets.voc import SegmentationDataset
 from utils.engine import choose_amp, predict
 from utils.errors import InputError
 from utils.html import PAGE, Html, escape, figure, join, markup, note, number, table, td
-from utils.metrics import ConfusionMatrix
+from utils.metrics import ConfusionMatrix, image_iou
 from utils.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
 from utils.prediction import load_model
 from utils.run import HISTORY, SCORE_COLUMNS, write_text
@@ -144,7 +144,7 @@ class Evaluation:
     """What a run's best.pth does on images of its validation split."""
 
     mean_iou: float  # of all these images together
-    image_iou: dict[int, float]  # index to its own mIoU, the worst first; images with a labelled pixel
+    ious: dict[int, float]  # index to its own mIoU, the worst first; images with a labelled pixel
     predictions: dict[int, torch.Tensor]  # index to uint8 [H, W], of the images that are shown
 
 
@@ -207,23 +207,21 @@ def evaluate_best(run: RunFiles, data: Data, *, device: torch.device, num: int) 
     total = ConfusionMatrix(data.val.num_classes, device)
     count = min(len(data.val), EVALUATED_ON_CPU) if device.type == "cpu" else len(data.val)
     spread = np.linspace(0, len(data.val) - 1, count).round().astype(int).tolist()
-    image_iou, predictions, worst = {}, {}, []
+    ious, predictions, worst = {}, {}, []
     for index in tqdm(sorted({*spread, *data.compared}), desc=run.name, unit="image", leave=False, disable=None):
         image, mask = data.val[index]
         prediction, mask = predict(trained.model, image[None].to(device), amp)[0], mask.to(device)
-        own = ConfusionMatrix(data.val.num_classes, device)
-        own.update(mask, prediction)
         total.update(mask, prediction)
-        iou, prediction = own.compute()["Mean IoU"], prediction.cpu()
+        iou, prediction = image_iou(mask, prediction, data.val.num_classes), prediction.cpu()
         if index in data.compared:
             predictions[index] = prediction
         if not math.isnan(iou):
-            image_iou[index] = iou
+            ious[index] = iou
             worst = sorted([*worst, (iou, index, prediction)], key=lambda entry: entry[:2])[:num]
     predictions |= {index: prediction for _, index, prediction in worst}
-    if not image_iou:
+    if not ious:
         raise InputError(f"{data.val.folder}: not one pixel of the images that were evaluated is labelled")
-    ranked = dict(sorted(image_iou.items(), key=lambda item: item[1]))
+    ranked = dict(sorted(ious.items(), key=lambda item: item[1]))
     return Evaluation(total.compute()["Mean IoU"], ranked, predictions)
 
 
@@ -388,7 +386,7 @@ def predictions_section(groups: list[Data], notes: list[Html], num: int) -> Html
             alt = f"{len(data.compared)} validation images, each with its annotation and the models' predictions"
             parts += [markup("<h3>Side by side: {}</h3>", models), figure(caption, alt, draw_comparison, data)]
         for name, evaluation in data.evaluations.items():
-            seen, of = len(evaluation.image_iou), len(data.val)
+            seen, of = len(evaluation.ious), len(data.val)
             which = f"the {of:,}" if seen == of else f"{seen:,} of the {of:,}"
             template = "<h3>Worst images of {}</h3><p>Of {} validation images, whose mIoU together is {}.</p>"
             parts.append(markup(template, name, which, number(evaluation.mean_iou)))
@@ -405,7 +403,7 @@ def draw_comparison(data: Data, path: Path) -> None:
         image, mask = data.val[index]
         row = [(hwc(image), ""), (data.val.decode_target(mask), "")]
         for evaluation in data.evaluations.values():
-            prediction, iou = evaluation.predictions[index], evaluation.image_iou.get(index, math.nan)
+            prediction, iou = evaluation.predictions[index], evaluation.ious.get(index, math.nan)
             row.append((data.val.decode_target(prediction), f"mIoU {number(iou)}"))
             seen |= set(prediction.unique().tolist())
         seen |= set(mask.unique().tolist())
@@ -417,7 +415,7 @@ def draw_comparison(data: Data, path: Path) -> None:
 def draw_worst(dataset: SegmentationDataset, evaluation: Evaluation, num: int, path: Path) -> None:
     """A column per image: photograph, ground truth, prediction, errors."""
     columns, headings, seen = [], [], set()
-    for index, iou in list(evaluation.image_iou.items())[:num]:
+    for index, iou in list(evaluation.ious.items())[:num]:
         (image, mask), prediction = dataset[index], evaluation.predictions[index]
         colours = [dataset.decode_target(ids) for ids in (mask, prediction)]
         columns.append([(picture, "") for picture in (hwc(image), *colours, error_map(image, mask, prediction))])
