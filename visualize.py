@@ -254,7 +254,8 @@ def sam(opts: argparse.Namespace) -> None:
     else:
         dataset = open_data(opts, lists=Path(opts.ckpt).parent / "splits" if opts.ckpt else None)
         any_of = sam_report.choose_any(dataset, opts.eval, opts.random_seed) if opts.eval else None
-        items = sam_report.dataset_items(dataset, any_of or choose(opts, dataset, must_cover=False))
+        indices = any_of or choose(opts, dataset, must_cover=False)
+        items = sam_report.dataset_items(dataset, indices, native=bool(opts.eval))
     trained = load_model(opts.ckpt, device) if opts.ckpt else None
     if trained and dataset:
         require_classes(trained.class_names, dataset.class_names, opts.ckpt)

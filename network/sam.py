@@ -17,6 +17,7 @@ from utils.engine import autocast
 from utils.errors import InputError
 
 MASK_PIXELS = 2**25  # of float32 masks at full size at a time: 128 MB, and a few times that in intermediate results
+HUB_TIMEOUT = 10.0  # seconds
 BOX_IOU = 0.7  # of two masks' boxes, above which they are taken for one object (the paper's appendix B)
 
 
@@ -51,10 +52,12 @@ class Sam(NamedTuple):
 def load_sam(name: str, device: torch.device) -> Sam:
     """`--sam`: a local folder (model and processor as `save_pretrained` writes them), or a name on the hub.
 
+    The hub is asked once, with a bound of `HUB_TIMEOUT` seconds; where it does not answer, its cache is used.
     Raises InputError where transformers is missing, where nothing is to be had under the name, and for a folder
     with another model or without all of its weights.
     """
     try:
+        from huggingface_hub import HfApi
         from safetensors import SafetensorError
         from transformers import SamModel, SamProcessor
         from transformers.utils import logging as messages
@@ -62,18 +65,24 @@ def load_sam(name: str, device: torch.device) -> Sam:
         raise InputError(f"--sam: transformers cannot be imported ({error}); pip install transformers") from None
     messages.set_verbosity_error()
     messages.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its five attempts
-    local = Path(name).is_dir()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each attempt
+    local, no_hub = Path(name).is_dir(), None
+    if not local:
+        try:
+            HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        except Exception as error:  # of whichever HTTP library it uses
+            # from_pretrained alone would try each of its files five times, for minutes.
+            local, no_hub = True, (str(error).strip().splitlines() or [type(error).__name__])[0]
     try:
         processor = SamProcessor.from_pretrained(name, local_files_only=local).image_processor
         model, loading = SamModel.from_pretrained(name, local_files_only=local, output_loading_info=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        if no_hub:
+            raise InputError(
+                f"--sam {name}: is no folder, and the hub does not give it ({no_hub}); give the folder of a copy"
+            ) from None
         reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        if local:
-            raise InputError(f"--sam {name}: holds no SAM that can be loaded ({reason}); save it anew") from None
-        raise InputError(
-            f"--sam {name}: is no folder, and the hub does not give it ({reason}); give the folder of a copy"
-        ) from None
+        raise InputError(f"--sam {name}: holds no SAM that can be loaded ({reason}); give another") from None
     if loading["missing_keys"]:  # transformers would go on with random ones
         lost = sorted(loading["missing_keys"])
         raise InputError(f"--sam {name}: {len(lost)} weights of SAM are missing, {lost[0]} first; save it anew")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import InterpolationMode, functional
 from tqdm import tqdm
 
 from datasets.files import VOID, require_one_size
@@ -23,10 +23,12 @@ from utils.plotting import draw_grid, draw_masks, hwc
 from utils.prediction import TrainedModel, read_any
 from utils.run import peak_memory_mb, write_csv
 
-LONGEST_SIDE = 2048  # pixels, of a picture from --input: twice what SAM sees, and a model's memory stays bounded
+LONGEST_SIDE = 2048  # pixels, of a picture to draw: twice what SAM sees, and a model's memory stays bounded
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `visualize.py sam` beside those that say which data and which model."""
+
     def add(name: str, **keywords) -> None:
         parser.add_argument(name, **keywords)
 
@@ -97,14 +99,17 @@ class Result(NamedTuple):
     seconds: dict[str, float]  # of "model", "masks", "refinement"
 
 
-def dataset_items(dataset: SegmentationDataset, indices: Sequence[int]) -> list[Item]:
-    return [Item(dataset.ids[index], partial(_read_pair, dataset, index)) for index in indices]
+def dataset_items(dataset: SegmentationDataset, indices: Sequence[int], *, native: bool) -> list[Item]:
+    """native: at their own size, to be scored; otherwise at most `LONGEST_SIDE` a side."""
+    return [Item(dataset.ids[index], partial(_read_pair, dataset, index, native)) for index in indices]
 
 
-def _read_pair(dataset: SegmentationDataset, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_pair(dataset: SegmentationDataset, index: int, native: bool) -> tuple[torch.Tensor, torch.Tensor]:
     image, mask = dataset.image(index), dataset.mask(index)
     require_one_size(image, mask, dataset.masks[index])
-    return image, mask
+    if native:
+        return image, mask
+    return _shrink(image, InterpolationMode.BILINEAR), _shrink(mask[None], InterpolationMode.NEAREST_EXACT)[0]
 
 
 def picture_items(paths: Sequence[Path]) -> list[Item]:
@@ -112,11 +117,15 @@ def picture_items(paths: Sequence[Path]) -> list[Item]:
 
 
 def _read_picture(path: Path) -> tuple[torch.Tensor, None]:
-    image = read_any(path)
-    scale = LONGEST_SIDE / max(image.shape)
-    if scale < 1:
-        image = functional.resize(image, [max(1, round(side * scale)) for side in image.shape[1:]])  # [3, h, w]
-    return image, None
+    return _shrink(read_any(path), InterpolationMode.BILINEAR), None
+
+
+def _shrink(image: torch.Tensor, interpolation: InterpolationMode) -> torch.Tensor:
+    """`[C, H, W]` with no side above `LONGEST_SIDE`."""
+    scale = LONGEST_SIDE / max(image.shape[1:])
+    if scale >= 1:
+        return image
+    return functional.resize(image, [max(1, round(side * scale)) for side in image.shape[1:]], interpolation)
 
 
 @torch.inference_mode()

@@ -1,4 +1,10 @@
 import csv
+import os
+import shutil
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -15,8 +21,10 @@ from transformers import (
 
 import main
 import visualize
+from datasets import build_dataset
 from network.sam import Mask, generate_masks, load_sam, refine, true_masks
-from tests.conftest import TINY
+from network.sam_report import dataset_items
+from tests.conftest import TINY, run_main
 from utils.errors import InputError
 from utils.metrics import BoundaryIoU, boundary
 from utils.plotting import draw_masks
@@ -202,8 +210,33 @@ def test_sam_draws_with_and_without_a_model_and_scores_a_split(run, ckpt):
     assert "refinement" in out
     out, path = run("--eval", "all", "--ckpt", ckpt, "--true_masks")
     with path.with_suffix(".csv").open() as file:
-        assert [row["class"] for row in csv.DictReader(file)] == ["sky", "road", "tree", "car", "mean"]
+        rows = list(csv.DictReader(file))
+    assert [row.pop("class") for row in rows] == ["sky", "road", "tree", "car", "mean"]
+    assert list(rows[0]) == "iou_before iou_after boundary_iou_before boundary_iou_after".split()
+    for column in rows[0]:
+        of_classes = [float(row[column]) for row in rows[:-1]]
+        assert float(rows[-1][column]) == pytest.approx(np.nanmean(of_classes), abs=1e-6)
+    with path.with_name("sam_images.csv").open() as file:
+        images = list(csv.DictReader(file))
+    assert list(images[0]) == "image masks model_seconds masks_seconds refinement_seconds".split()
+    assert sorted(row["image"] for row in images) == ["a1", "a2", "a3", "a4"]
+    assert all(int(row["masks"]) >= 4 and float(row["model_seconds"]) > 0 for row in images)
     assert "4 images, a mean time" in out
+
+
+def test_large_pictures_of_a_data_set_are_drawn_small_and_scored_at_native_size(folder, monkeypatch):
+    monkeypatch.setattr("network.sam_report.LONGEST_SIDE", 26)
+    dataset = build_dataset("folder", folder, "train")  # 40 x 52 and 52 x 40
+    small, large = (dataset_items(dataset, [0, 1], native=native) for native in (False, True))
+    assert [[part.shape for part in item.read()] for item in small] == [
+        [(3, 20, 26), (20, 26)],
+        [(3, 26, 20), (26, 20)],
+    ]
+    assert [[part.shape for part in item.read()] for item in large] == [
+        [(3, 40, 52), (40, 52)],
+        [(3, 52, 40), (52, 40)],
+    ]
+    assert set(small[0].read()[1].unique().tolist()) <= {0, 1, 2, 3, 255}
 
 
 def test_zero_masks_are_a_result(run):
@@ -224,7 +257,7 @@ def test_folders_without_a_sam_and_names_without_a_hub_are_refused(sam_folder, t
     import huggingface_hub.constants
     from safetensors.torch import load_file, save_file
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     for name in (str(tmp_path / "missing"), "facebook/sam-of-nowhere"):
         with pytest.raises(InputError, match="is no folder, and the hub does not give it"):
             load_sam(name, CPU)
@@ -233,13 +266,105 @@ def test_folders_without_a_sam_and_names_without_a_hub_are_refused(sam_folder, t
         load_sam(str(tmp_path / "empty"), CPU)
     lame = tmp_path / "lame"
     lame.mkdir()
-    for name in ("config.json", "processor_config.json"):
-        (lame / name).write_bytes((sam_folder / name).read_bytes())
+    for path in sam_folder.glob("*.json"):
+        shutil.copy(path, lame)
     weights = load_file(sam_folder / "model.safetensors")
     weights.pop(next(key for key in weights if "iou_prediction_head" in key))
     save_file(weights, lame / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="1 weights of SAM are missing"):
         load_sam(str(lame), CPU)
+
+
+def test_other_weights_and_damaged_ones_are_refused(sam_folder, tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
+    ViTModel(vit).save_pretrained(tmp_path / "vit")
+    for path in sam_folder.glob("*processor_config.json"):  # its name depends on the version
+        shutil.copy(path, tmp_path / "vit")
+    with pytest.raises(InputError, match="vit: "):
+        load_sam(str(tmp_path / "vit"), CPU)
+    for name, damage in (("cut", lambda data: data[: len(data) // 2]), ("other", lambda data: b"no weights")):
+        shutil.copytree(sam_folder, tmp_path / name)
+        weights = tmp_path / name / "model.safetensors"
+        weights.write_bytes(damage(weights.read_bytes()))
+        with pytest.raises(InputError, match="holds no SAM that can be loaded"):
+            load_sam(str(tmp_path / name), CPU)
+
+
+def test_without_transformers_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="pip install transformers"):
+        load_sam("any", CPU)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What transformers asks of the hub for one model, out of `folder`; with `silent`, nothing ever."""
+
+    folder, silent, asked = None, False, []
+
+    def do_HEAD(self):
+        self.asked.append(self.path)
+        if self.silent:
+            time.sleep(5)
+            return
+        path = self.folder / self.path.rpartition("/")[2]
+        if "/tree/" in self.path:
+            found, body = True, b"[]"  # of further files
+        elif self.path.startswith("/api/models/own/sam"):
+            found, body = True, b'{"id": "own/sam", "sha": "0123", "siblings": []}'
+        else:
+            found = path.is_file()
+            body = path.read_bytes() if found else b""
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{len(body)}"')
+        self.send_header("X-Repo-Commit", "0123")
+        if not found:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(sam_folder, tmp_path, monkeypatch):
+    """A hub on this machine: its handler class, to be told what to do."""
+    handler = type("Handler", (Hub,), {"folder": sam_folder, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    yield handler
+    server.shutdown()
+
+
+def test_a_hub_gives_the_model_and_its_cache_gives_it_without_the_hub(hub, folder, tmp_path, monkeypatch):
+    data = ["--dataset", "folder", "--data_root", folder, "--num", 1, "--out", tmp_path / "sam.png"]
+    command = ["sam", "--sam", "own/sam", *ANY, *data]
+    result = run_main(*command, script="visualize.py")
+    assert result.returncode == 0, result.stderr
+    assert any("model.safetensors" in path for path in hub.asked)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    again = run_main(*command, script="visualize.py")
+    assert again.returncode == 0 and "masks" in again.stdout, again.stderr
+
+
+def test_a_hub_that_does_not_answer_is_given_up_soon(hub, monkeypatch):
+    import huggingface_hub.constants
+
+    hub.silent = True
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", os.environ["HF_ENDPOINT"])
+    monkeypatch.setattr("network.sam.HUB_TIMEOUT", 0.2)
+    start = time.perf_counter()
+    with pytest.raises(InputError, match="the hub does not give it"):
+        load_sam("own/unheard", CPU)
+    assert hub.asked and time.perf_counter() - start < 4
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ def test_report_is_one_file_about_both_runs(trained, tmp_path, capsys):
     assert f"Written: {out}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["samples", "stats", "check", "compare", "curves", "predict", "report"])
+@pytest.mark.parametrize("command", ["samples", "stats", "check", "compare", "curves", "predict", "sam", "report"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         visualize.main([command, "--help"])
