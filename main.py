@@ -12,6 +12,7 @@ The flags are in `utils/options.py` and under --help. Everything that a run leav
 import argparse
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,18 +21,28 @@ from tqdm import tqdm
 
 from datasets.loader import make_loader, open_split
 from datasets.sampler import SameSizeBatches, TrainBatches
-from datasets.transforms import eval_transform, train_transform
+from datasets.stats import class_statistics
+from datasets.transforms import crop_val_transform, eval_transform, train_transform
 from datasets.voc import SegmentationDataset
 from network import build_model
 from network._deeplab import DeepLab
+from utils.card import Card, format_card, write_card
 from utils.checkpoint import TrainingState, load_checkpoint, load_model_state, require_classes
 from utils.cli import exit_codes
-from utils.engine import RunningMean, autocast, choose_amp, choose_device, evaluate, normalize
+from utils.engine import RunningMean, autocast, choose_amp, choose_device, evaluate, normalize, parse_tta
 from utils.errors import InputError
-from utils.loss import build_loss
+from utils.loss import build_loss, class_weights
 from utils.metrics import format_class_table, format_scores, scores
 from utils.optimizer import build_optimizer
-from utils.options import default_run_name, differences, get_parser, settle_model
+from utils.options import (
+    ABOUT_THE_TEST,
+    default_run_name,
+    differences,
+    get_parser,
+    require_fitting,
+    settle_model,
+    test_folder,
+)
 from utils.plotting import prediction_strip
 from utils.run import SCORE_COLUMNS, ResultWriter, Run, device_name, peak_memory_mb
 from utils.visualizer import SilentVisualizer, Visualizer, build_visualizer
@@ -47,14 +58,15 @@ def main(argv: list[str] | None = None) -> dict:
     run.log(f"Device: {device_name(device)}, {str(amp or torch.float32).removeprefix('torch.')}")
 
     lists = (run.folder.parent if opts.test_only else run.folder) / "splits"
-    val_set = open_split(opts, opts.val_split, eval_transform(), lists)
+    transform = crop_val_transform(opts.crop_size) if opts.crop_val else eval_transform()
+    val_set = open_split(opts, opts.val_split, transform, lists)
     if checkpoint:
         require_classes(checkpoint["class_names"], val_set.class_names, opts.ckpt)
     torch.manual_seed(opts.random_seed)
     model = build_model(
         opts.model,
         num_classes=val_set.num_classes,
-        output_stride=opts.output_stride,
+        output_stride=opts.eval_output_stride or opts.output_stride,  # the weights are the same
         backbone_weights="none" if checkpoint else opts.backbone_weights,
     )
     if checkpoint:
@@ -73,8 +85,7 @@ def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
 
     Fills in `opts.model`, `opts.output_stride`, `opts.run_name` and `opts.ckpt`.
     """
-    if opts.test_only and opts.continue_training:
-        raise InputError("--test_only: goes without --continue_training; leave one of them out")
+    require_fitting(opts)
     checkpoint = load_checkpoint(opts.ckpt) if opts.ckpt else None
     opts.run_name = opts.run_name or default_run_name(opts, checkpoint)
     run = Run(Path(opts.run_dir) / opts.run_name)
@@ -93,7 +104,7 @@ def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
     if opts.test_only:  # beside the checkpoint's own run, where it belongs to one, and on its division of the data
         opts.random_seed = checkpoint["options"]["random_seed"]
         beside = Path(opts.ckpt).parent
-        run = Run((beside if (beside / "options.json").is_file() else run.folder) / f"test_{opts.val_split}")
+        run = Run((beside if (beside / "options.json").is_file() else run.folder) / test_folder(opts))
     return run, checkpoint
 
 
@@ -103,14 +114,22 @@ def validate(
     """Scores a model on the whole of a loader's split, prints the scores and writes them to the run's folder."""
     dataset = loader.dataset
     writer = ResultWriter(run.folder / "results", dataset) if opts.save_val_results else None
+    card = Card(dataset.ids, dataset.num_classes, model.device, also=writer) if opts.test_only else None
     run.log("validation...")
-    confusion = evaluate(model, loader, num_classes=dataset.num_classes, amp=amp, on_batch=writer)
+    tta = parse_tta(opts.tta) if opts.tta else None
+    confusion = evaluate(model, loader, num_classes=dataset.num_classes, amp=amp, tta=tta, on_batch=card or writer)
     matrix = confusion.matrix()
     if not matrix.any():
         raise InputError(f"--val_split {opts.val_split}: not one of its pixels is labelled; use another list")
-    result = scores(matrix)
-    run.log("\n".join([*format_scores(result), *format_class_table(result, dataset.class_names)]))
+    result, figures = scores(matrix), card.compute() if card else {}
+    run.log("\n".join(format_scores(result)))
+    run.log("\n".join(format_class_table(result, dataset.class_names, figures.get("class_boundary_iou"))))
     run.write_scores(result, matrix, dataset.class_names)
+    if card:
+        run.log("\n".join(format_card(figures)))
+        about = {name: getattr(opts, name) for name in ("ckpt", "dataset", "val_split", *ABOUT_THE_TEST)}
+        about |= {"comparable": not opts.crop_val}
+        write_card(run.folder, figures, result=result, class_names=dataset.class_names, about=about)
     return result
 
 
@@ -119,7 +138,11 @@ def test(
 ) -> dict:
     """`--test_only`: scores the model and leaves the scores in the run's `test_<split>` folder."""
     run.log(f"Dataset: {opts.dataset}, Test set: {len(test_set)} ({opts.val_split})")
-    batches = SameSizeBatches(test_set.sizes(), opts.val_batch_size)
+    sizes = test_set.sizes()
+    if opts.crop_val:
+        run.log(f"Centre crops of {opts.crop_size}: these scores do not compare with those of whole pictures")
+        sizes = [(opts.crop_size, opts.crop_size)] * len(test_set)
+    batches = SameSizeBatches(sizes, opts.val_batch_size)
     loader = make_loader(test_set, batches, num_workers=opts.num_workers, device=model.device)
     run.start(vars(opts), model.device)
     run.keep_splits({opts.val_split: test_set})
@@ -146,6 +169,7 @@ def train(
     transform = train_transform(opts.crop_size, seed=opts.random_seed)
     train_set = open_split(opts, opts.train_split, transform, run.folder / "splits")
     run.log(f"Dataset: {opts.dataset}, Train set: {len(train_set)}, Val set: {len(val_set)}")
+    criterion = choose_criterion(opts, run, train_set=train_set, device=model.device)
     optimizer, scheduler = build_optimizer(opts, model)
     scaler = torch.amp.GradScaler(model.device.type, enabled=amp is torch.float16)
     state = TrainingState(model, optimizer, scheduler, scaler)
@@ -174,7 +198,9 @@ def train(
     vis.table("options", [(name, str(value)) for name, value in vars(opts).items()], header=("option", "value"))
     show_history(vis, run.history())
     try:
-        run_training(opts, run, state=state, loader=loader, val_loader=val_loader, amp=amp, vis=vis)
+        run_training(
+            opts, run, state=state, criterion=criterion, loader=loader, val_loader=val_loader, amp=amp, vis=vis
+        )
     except InputError:
         run.discard_unless_validated()
         raise
@@ -183,11 +209,34 @@ def train(
     return report(run, state)
 
 
+def choose_criterion(
+    opts: argparse.Namespace, run: Run, *, train_set: SegmentationDataset, device: torch.device
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`--loss_type` with `--class_weights`, which are counted from the training set's masks and logged."""
+    weights = None
+    if opts.class_weights != "none" and opts.loss_type != "lovasz_softmax":
+        counted = class_statistics(train_set)
+        weights = class_weights(opts.class_weights, counted.pixels, counted.image_pixels, images=counted.images)
+        pairs = zip(train_set.class_names, weights.tolist(), strict=True)
+        run.log(
+            f"Class weights ({opts.class_weights}): {', '.join(f'{name} {weight:.4g}' for name, weight in pairs)}"
+        )
+        weights = weights.to(device)
+    return build_loss(
+        opts.loss_type,
+        focal_gamma=opts.focal_gamma,
+        ohem_threshold=opts.ohem_threshold,
+        ohem_keep=opts.ohem_keep,
+        class_weights=weights,
+    )
+
+
 def run_training(
     opts: argparse.Namespace,
     run: Run,
     *,
     state: TrainingState,
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     loader: DataLoader,
     val_loader: DataLoader,
     amp: torch.dtype | None,
@@ -195,7 +244,6 @@ def run_training(
 ) -> None:
     """The training loop, from `state.cur_itrs` to `--total_itrs`."""
     model, optimizer, device = state.model, state.optimizer, state.model.device
-    criterion = build_loss(opts.loss_type, focal_gamma=opts.focal_gamma)
     itrs_per_epoch = loader.batch_sampler.itrs_per_epoch
     val_interval = opts.val_interval or itrs_per_epoch
     since_print, since_row, clock = RunningMean(), RunningMean(), time.perf_counter()

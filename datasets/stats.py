@@ -118,9 +118,9 @@ def _spread(shows: np.ndarray, num: int) -> list[int]:
 def statistics_table(statistics: ClassStatistics) -> tuple[list[str], list[list]]:
     """Header and a row per class, for CSV: shares in 0..1, weights as in `utils.loss.class_weights`."""
     header = ["class", "pixels", "pixel_share", "images", "image_share", *(f"weight_{m}" for m in CLASS_WEIGHTS)]
-    weights = [class_weights(m, statistics.pixels, statistics.image_pixels).tolist() for m in CLASS_WEIGHTS]
-    image_shares = statistics.images / max(1, len(statistics.ids))
-    columns = [statistics.pixels.tolist(), statistics.shares.tolist(), statistics.images.tolist(), image_shares]
+    pixels, image_pixels, images = statistics.pixels, statistics.image_pixels, statistics.images
+    weights = [class_weights(m, pixels, image_pixels, images=images).tolist() for m in CLASS_WEIGHTS]
+    columns = [pixels.tolist(), statistics.shares.tolist(), images.tolist(), images / max(1, len(statistics.ids))]
     rows = zip(statistics.class_names, *columns, *weights, strict=True)
     return header, [[float(f"{cell:.6g}") if isinstance(cell, float) else cell for cell in row] for row in rows]
 

@@ -1,4 +1,5 @@
-"""Joint transforms of a picture and its mask: random scale, crop and flip to train, nothing to evaluate.
+"""Joint transforms of a picture and its mask: random scale, crop and flip to train, nothing to evaluate (or, to
+compare with codebases that do so, a centre crop).
 
 A sample's augmentation depends on (seed, epoch, index) alone, whatever the number of workers or processes.
 The classes in `torchvision.transforms.v2` draw from the global generator, which differs per worker; so the
@@ -76,12 +77,32 @@ class EvalTransform:
         return image, mask
 
 
+class CropValTransform:
+    """The shorter side resized to `crop_size` and the middle `crop_size` x `crop_size` cut out, as `--crop_val` of
+    VainF/DeepLabV3Plus-Pytorch does it. Scores of such crops compare with each other, not with those of whole
+    pictures: the objects' sizes are others, and what lies outside is never scored."""
+
+    def __init__(self, crop_size: int) -> None:
+        self.crop_size = crop_size
+
+    def __call__(
+        self, image: tv_tensors.Image, mask: tv_tensors.Mask, *, epoch: int = 0, index: int = 0
+    ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        size = [self.crop_size]
+        image = F.resize(
+            image, size, InterpolationMode.BILINEAR, antialias=True
+        )  # [3, crop_size, w] or [3, h, crop_size]
+        plain = mask.as_subclass(torch.Tensor)[None]  # [1, H, W]; why plain and exact: see TrainTransform
+        plain = F.resize(plain, size, InterpolationMode.NEAREST_EXACT)
+        image, plain = F.center_crop(image, size), F.center_crop(plain, size)  # [3 and 1, crop_size, crop_size]
+        return image, tv_tensors.wrap(plain[0], like=mask)
+
+
 def train_transform(
     crop_size: int, *, scale: tuple[float, float] = (0.5, 2.0), flip: float = 0.5, seed: int = 1
 ) -> TrainTransform:
     """The training transform; `crop_size` in pixels. Raises InputError for what cannot be a crop or scale."""
-    if crop_size < 1:
-        raise InputError(f"--crop_size {crop_size}: it must be 1 at least")
+    _require_crop_size(crop_size)
     if not 0 < scale[0] <= scale[1]:
         raise InputError(f"scale {scale}: it must be (smallest, largest), both above 0")
     return TrainTransform(crop_size, scale, flip, seed)
@@ -90,3 +111,14 @@ def train_transform(
 def eval_transform() -> EvalTransform:
     """The transform of validation and test: none, for scores are of the whole picture at its native size."""
     return EvalTransform()
+
+
+def crop_val_transform(crop_size: int) -> CropValTransform:
+    """The transform of `--crop_val`; `crop_size` in pixels. Raises InputError for less than 1."""
+    _require_crop_size(crop_size)
+    return CropValTransform(crop_size)
+
+
+def _require_crop_size(crop_size: int) -> None:
+    if crop_size < 1:
+        raise InputError(f"--crop_size {crop_size}: it must be 1 at least")

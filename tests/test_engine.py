@@ -7,7 +7,18 @@ from datasets import build_dataset
 from datasets.sampler import SameSizeBatches
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from network import build_model
-from utils.engine import RunningMean, autocast, choose_amp, choose_device, evaluate, normalize, predict
+from utils.engine import (
+    RunningMean,
+    Tta,
+    autocast,
+    choose_amp,
+    choose_device,
+    evaluate,
+    normalize,
+    parse_tta,
+    predict,
+    tta_probabilities,
+)
 from utils.errors import InputError
 
 
@@ -79,9 +90,140 @@ def test_each_batch_is_shown_with_the_indices_of_its_pictures(folder, model):
     evaluate(model, loader(folder, 2), num_classes=4, on_batch=lambda *batch: seen.append(batch))
     dataset = build_dataset("folder", folder, "val")
     assert sorted(index for indices, *_ in seen for index in indices) == [0, 1, 2]
-    for indices, images, predictions in seen:
-        for index, image, prediction in zip(indices, images, predictions, strict=True):
-            assert torch.equal(image, dataset[index][0]) and prediction.shape == image.shape[-2:]
+    for indices, images, masks, predictions in seen:
+        assert predictions.dtype == masks.dtype == torch.uint8 and predictions.shape == masks.shape
+        for index, image, mask in zip(indices, images, masks, strict=True):
+            assert torch.equal(image, dataset[index][0]) and torch.equal(mask, dataset[index][1])
+
+
+# --- test-time augmentation ---
+
+
+@pytest.mark.parametrize(
+    ("text", "tta"),
+    [
+        ("flip", Tta(True, (1.0,))),
+        ("1.0", Tta(False, (1.0,))),
+        ("flip,0.5,1.0", Tta(True, (0.5, 1.0))),
+        ("0.75, 1.25,flip", Tta(True, (0.75, 1.25))),
+        ("4", Tta(False, (4.0,))),
+    ],
+)
+def test_tta_is_flip_and_scales(text, tta):
+    assert parse_tta(text) == tta
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "neither flip nor a scale"),
+        ("flip,", "neither flip nor a scale"),
+        ("mirror", "'mirror' is neither"),
+        ("0", "the scale 0"),
+        ("1,-0.5", "the scale -0.5"),
+        ("4.01", "the scale 4.01"),
+        ("nan", "the scale nan"),
+        ("inf", "the scale inf"),
+        ("flip,1,flip", "flip is there twice"),
+        ("1,1.0", "1.0 is there twice"),
+    ],
+)
+def test_other_tta_is_refused_naming_flag_and_value(text, what):
+    with pytest.raises(InputError, match=f"^--tta {text}: .*{what}"):
+        parse_tta(text)
+
+
+def random_images(height=31, width=46):
+    return torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_tta_of_scale_1_is_the_plain_prediction(model, amp):
+    model.eval()
+    images = random_images()
+    assert torch.equal(predict(model, images, amp, tta=parse_tta("1.0")), predict(model, images, amp))
+    probabilities = tta_probabilities(model, images, tta=Tta())
+    with torch.inference_mode():
+        assert torch.equal(probabilities, model(normalize(images)).softmax(dim=1))
+
+
+def test_tta_of_scale_1_does_not_lose_what_the_softmax_rounds_off():
+    def close(x):
+        return torch.tensor([0.0, 1e-9]).view(1, 2, 1, 1).expand(len(x), 2, *x.shape[-2:])
+
+    assert (predict(close, random_images()) == 1).all()
+    assert (predict(close, random_images(), tta=parse_tta("1")) == 1).all()
+
+
+def test_flipped_prediction_of_a_mirrored_picture_is_the_mirrored_prediction(model):
+    model.eval()
+    images, tta = random_images(), parse_tta("flip")
+    probabilities = tta_probabilities(model, images, tta=tta)
+    assert torch.equal(tta_probabilities(model, images.flip(-1), tta=tta), probabilities.flip(-1))
+    assert not torch.equal(tta_probabilities(model, images, tta=Tta()), probabilities)
+    assert torch.equal(predict(model, images, tta=tta).long(), probabilities.argmax(dim=1))
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_tta_is_the_mean_of_the_probabilities_at_the_pictures_own_size(model, amp):
+    model.eval()
+    images, tta = random_images(), parse_tta("flip,0.5,1.0,1.75")
+    probabilities = tta_probabilities(model, images, amp, tta=tta)
+    assert probabilities.shape == (2, 4, 31, 46) and probabilities.dtype == torch.float32
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(2, 31, 46))
+    if amp is None:  # bfloat16 is too coarse to compare
+        singles = [tta_probabilities(model, images, tta=Tta(True, (scale,))) for scale in tta.scales]
+        torch.testing.assert_close(probabilities, sum(singles) / 3)
+        mirrored = tta_probabilities(model, images.flip(-1), tta=tta)
+        torch.testing.assert_close(mirrored, probabilities.flip(-1), rtol=1e-3, atol=1e-4)
+
+
+class ByColour(torch.nn.Module):
+    """Class 0 where a normalised picture is dark and class 1 where it is bright; remembers the sizes it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(tuple(x.shape[-2:]))
+        return torch.stack([-x[:, 0], x[:, 0]], dim=1)
+
+
+def test_scales_are_of_the_sides_rounded_and_never_below_a_pixel():
+    fake = ByColour()
+    assert predict(fake, random_images(7, 1), tta=parse_tta("0.5,1.25,0.01")).shape == (2, 7, 1)
+    assert fake.sizes == [(4, 1), (9, 1), (1, 1)]
+
+
+def test_scaled_predictions_lie_where_the_picture_has_them():
+    images = torch.zeros(1, 3, 40, 60, dtype=torch.uint8)
+    images[..., 10:30, 20:50] = 255
+    prediction = predict(ByColour(), images, tta=parse_tta("flip,0.5,0.75,1.0,1.25,1.5,1.75"))
+    assert torch.equal(prediction, (images[:, 0] > 0).to(torch.uint8))
+
+
+def test_tta_of_a_constant_model_is_its_constant():
+    def constant(x):
+        return torch.tensor([0.1, 2.0, -1.0]).view(1, 3, 1, 1).expand(len(x), 3, *x.shape[-2:])
+
+    tta = parse_tta("flip,0.5,1.0,1.5")
+    probabilities = tta_probabilities(constant, random_images(), tta=tta)
+    expected = torch.tensor([0.1, 2.0, -1.0]).softmax(dim=0).view(1, 3, 1, 1).expand_as(probabilities)
+    torch.testing.assert_close(probabilities, expected)
+    assert (predict(constant, random_images(), tta=tta) == 1).all()
+
+
+def test_evaluation_with_tta_scores_the_predictions_with_tta(folder, model):
+    seen, tta = [], parse_tta("flip,0.5")
+    confusion = evaluate(model, loader(folder, 2), num_classes=4, tta=tta, on_batch=lambda *batch: seen.append(batch))
+    model.eval()
+    for _, images, _, predictions in seen:
+        assert torch.equal(predictions, predict(model, images, tta=tta))
+    assert not torch.equal(confusion.matrix(), evaluate(model, loader(folder, 2), num_classes=4).matrix())
+
+
+# --- the rest ---
 
 
 def test_running_mean_is_since_the_last_look():

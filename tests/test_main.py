@@ -122,6 +122,8 @@ def test_test_only_prints_the_same_scores_and_writes_beside_the_run(start, tmp_p
         "log.txt",
         "class_iou.csv",
         "confusion_matrix.csv",
+        "card.json",
+        "images.csv",
     }
     assert (run / "history.csv").read_bytes() == history
     assert (run / "test_val/class_iou.csv").read_bytes() == (run / "class_iou.csv").read_bytes()

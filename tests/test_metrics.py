@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
 
 from utils.errors import InputError
-from utils.metrics import ConfusionMatrix, format_class_table, format_scores, scores
+from utils.metrics import BoundaryIoU, ConfusionMatrix, boundary, format_class_table, format_scores, scores
 
 
 def scored(target, prediction, num_classes):
@@ -118,3 +119,63 @@ def test_scores_are_printed_in_the_fields_form():
     ]
     absent = scores(torch.tensor([[1, 0], [0, 0]]))
     assert format_class_table(absent, ["road", "car"]) == ["class     IoU", "road   1.0000", "car         -"]
+    assert format_class_table(absent, ["road", "car"], [0.25, math.nan]) == [
+        "class     IoU  boundary IoU",
+        "road   1.0000        0.2500",
+        "car         -             -",
+    ]
+
+
+def eroded(mask, times):
+    """By a 3x3 square, again and again, as the published code does it; beyond the picture's edge nothing is set."""
+    mask = mask.float()[None, None]
+    for _ in range(times):
+        mask = -F.max_pool2d(-F.pad(mask, [1] * 4), 3, stride=1)
+    return mask[0, 0].bool()
+
+
+def patchy(height, width, num_ids, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, num_ids, (1, 1, -(-height // 9), -(-width // 9)), generator=generator)
+    return F.interpolate(ids.float(), scale_factor=9)[0, 0, :height, :width].to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("size", "reach"), [((1, 1), 1), ((7, 3), 1), ((60, 80), 2), ((120, 160), 4), ((30, 400), 8)]
+)
+def test_boundary_is_what_erosions_take_off_each_class(size, reach):
+    ids = patchy(*size, 4)
+    ids[ids == 3] = 255
+    near = boundary(ids)
+    for class_id in range(3):
+        mask = ids == class_id
+        expected = mask & ~eroded(mask, reach)
+        assert torch.equal(near & mask, expected) and torch.equal(boundary(mask), expected)
+    assert not near[ids == 255].any()
+
+
+def test_boundary_iou_is_of_the_pixels_near_the_outlines_of_either():
+    target, prediction = patchy(60, 80, 3), patchy(60, 80, 4, seed=1)
+    prediction = torch.where(torch.rand(60, 80) < 0.7, target, prediction)
+    target[:9, :9] = 255
+    measure = BoundaryIoU(5)
+    measure.update(target, prediction)
+    prediction[:9, :9] = 255  # a class ends where void begins
+    for class_id, iou in enumerate(measure.compute()["Class Boundary IoU"]):
+        a, b = (mask & ~eroded(mask, 2) for mask in (target == class_id, prediction == class_id))
+        expected = (a & b).sum() / (a | b).sum()
+        assert iou == pytest.approx(expected.item(), nan_ok=True)
+
+
+def test_boundary_iou_of_a_batch_is_that_of_its_pictures():
+    targets = torch.stack([patchy(40, 52, 3, seed=seed) for seed in range(3)])
+    predictions = torch.stack([patchy(40, 52, 3, seed=seed) for seed in (0, 5, 6)])
+    targets[:, 20:23] = 255
+    together, apart = BoundaryIoU(3), BoundaryIoU(3)
+    together.update(targets, predictions)
+    for target, prediction in zip(targets, predictions, strict=True):
+        apart.update(target, prediction)
+    assert together.compute() == apart.compute()
+    assert 0 < together.compute()["Mean Boundary IoU"] < 1
+    with pytest.raises(ValueError, match="are not"):
+        together.update(targets, predictions[0])

@@ -72,7 +72,7 @@ def test_a_mask_that_cannot_be_used_is_named(folder):
         class_statistics(build_dataset("folder", folder, "train"))
 
 
-def test_table_has_a_row_per_class_with_both_weights(counted):
+def test_table_has_a_row_per_class_with_its_weights(counted):
     header, rows = statistics_table(counted)
     assert header == [
         "class",
@@ -82,17 +82,21 @@ def test_table_has_a_row_per_class_with_both_weights(counted):
         "image_share",
         "weight_inverse",
         "weight_median_frequency",
+        "weight_effective_number",
     ]
-    assert rows[1] == ["road", 2, pytest.approx(2 / 19, rel=1e-5), 1, 0.25, pytest.approx(19 / 6, rel=1e-5), 1.0]
-    assert rows[3] == ["car", 0, 0.0, 0, 0.0, 0.0, 0.0]
-    assert [type(cell) for cell in rows[0]] == [str, int, float, int, float, float, float]
+    assert rows[1][:5] == ["road", 2, pytest.approx(2 / 19, rel=1e-5), 1, 0.25]
+    # By median frequency 19 / 16, 7 / 2 and 6; by effective number 1 / (1 - 0.999^3) and 1 / 0.001 twice.
+    effective = 1000 * 19 / (16 / (1 - 0.999**3) + 3 * 1000)
+    assert rows[1][5:] == pytest.approx([19 / 6, 3.5 * 19 / (19 + 7 + 6), effective], rel=1e-5)
+    assert rows[3] == ["car", 0, 0.0, 0, 0.0, 0.0, 0.0, 0.0]
+    assert [type(cell) for cell in rows[0]] == [str, int, float, int, float, float, float, float]
 
 
 def test_text_is_aligned_and_ends_with_the_totals(counted):
     table, totals = format_statistics(counted)[:5], format_statistics(counted)[5:]
     assert len({len(line) for line in table}) == 1
-    assert table[1].split() == ["sky", "16", "84.21%", "3", "75.0%", "0.3958", "0.3393"]
-    assert table[4].split() == ["car", "0", "0.00%", "0", "0.0%", "-", "-"]
+    assert table[1].split() == ["sky", "16", "84.21%", "3", "75.0%", "0.3958", "0.7051", "0.7603"]
+    assert table[4].split() == ["car", "0", "0.00%", "0", "0.0%", "-", "-", "-"]
     assert totals == [
         "",
         "4 classes, 4 images, 19 labelled pixels",
@@ -212,12 +216,49 @@ def test_median_frequency_weights_divide_by_the_images_that_show_the_class():
     # Eigen and Fergus 2015, section 6.3.2: frequencies 80/100, 10/100 and 10/20 have the median 1/2.
     weights = class_weights("median_frequency", np.array([80, 10, 10, 0]), np.array([100, 100, 20, 0]))
     assert weights.dtype == torch.float32
-    assert weights.tolist() == pytest.approx([0.625, 5, 1, 0])
+    scale = 100 / (80 * 0.625 + 10 * 5 + 10 * 1)
+    assert weights.tolist() == pytest.approx([0.625 * scale, 5 * scale, scale, 0])
+
+
+def test_effective_number_weights_divide_by_the_images_that_bring_something_new():
+    # Cui et al. 2019: 1, 2 and 1,000,000 images are worth 1, 1.999 and 1,000.
+    pixels, images = np.array([10, 30, 60, 0]), np.array([1, 2, 1_000_000, 0])
+    weights = class_weights("effective_number", pixels, images=images)
+    assert weights.dtype == torch.float32
+    scale = 100 / (10 + 30 / 1.999 + 60 / 1000)
+    assert weights.tolist() == pytest.approx([scale, scale / 1.999, scale / 1000, 0])
+
+
+@given(st.lists(st.lists(st.sampled_from([0, 0, 1, 20, 3000]), min_size=4, max_size=4), min_size=1, max_size=12))
+def test_the_mean_weight_of_a_labelled_pixel_is_1_and_of_two_classes_the_rarer_has_no_less(shows):
+    statistics = make(shows)
+    pixels, image_pixels, images = statistics.pixels, statistics.image_pixels, statistics.images
+    frequency = pixels / np.maximum(image_pixels, 1)
+    for method, rarity in zip(CLASS_WEIGHTS, (pixels, frequency, images), strict=True):
+        weights = class_weights(method, pixels, image_pixels, images=images).double().numpy()
+        assert ((weights > 0) == (pixels > 0)).all()
+        if pixels.any():
+            assert (weights * pixels).sum() / pixels.sum() == pytest.approx(1, rel=1e-6)
+            order = np.argsort(rarity[pixels > 0])
+            assert (np.diff(weights[pixels > 0][order]) <= 1e-6 * weights.max()).all()
+
+
+def test_effective_number_is_milder_than_inverse():
+    pixels, images = np.array([900, 90, 9]), np.array([90, 30, 3])
+    spread = [w.max() / w.min() for w in (class_weights(m, pixels, images=images) for m in CLASS_WEIGHTS[::2])]
+    assert spread[0].item() == pytest.approx(100) and 25 < spread[1] < 30
+
+
+@pytest.mark.parametrize("method", CLASS_WEIGHTS[1:])
+def test_weights_without_the_counts_that_they_need_are_refused(method):
+    with pytest.raises(ValueError, match=f"{method} needs image"):
+        class_weights(method, np.array([1, 2]))
 
 
 @pytest.mark.parametrize("method", CLASS_WEIGHTS)
 def test_weights_are_zero_where_nothing_is_labelled(method):
-    assert class_weights(method, np.zeros(3, np.int64), np.zeros(3, np.int64)).tolist() == [0, 0, 0]
+    nothing = np.zeros(3, np.int64)
+    assert class_weights(method, nothing, nothing, images=nothing).tolist() == [0, 0, 0]
 
 
 def test_unknown_class_weights_are_refused():

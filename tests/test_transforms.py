@@ -4,7 +4,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from datasets.transforms import MEAN_COLOUR, eval_transform, train_transform
+from datasets.transforms import MEAN_COLOUR, crop_val_transform, eval_transform, train_transform
 from utils.errors import InputError
 
 
@@ -136,9 +136,43 @@ def test_evaluation_changes_nothing():
     assert torch.equal(image, same_image) and torch.equal(mask, same_mask)
 
 
+@pytest.mark.parametrize("size", [(60, 80), (80, 60), (31, 17), (200, 33), (33, 33), (1, 1), (1, 7)])
+@pytest.mark.parametrize("crop_size", [32, 33])
+def test_crop_of_validation_is_always_of_the_asked_size(size, crop_size):
+    image, mask = crop_val_transform(crop_size)(*sample(*size))
+    assert isinstance(image, tv_tensors.Image) and image.dtype == torch.uint8
+    assert isinstance(mask, tv_tensors.Mask) and mask.dtype == torch.uint8
+    assert image.shape == (3, crop_size, crop_size) and mask.shape == (crop_size, crop_size)
+    assert set(mask.unique().tolist()) <= {0, 1, 2, 3}  # nothing invented
+
+
+@pytest.mark.parametrize("size", [(40, 60), (60, 40), (41, 57), (101, 133)])
+@pytest.mark.parametrize("crop_size", [32, 49, 97])
+def test_crop_of_validation_keeps_picture_and_mask_aligned(size, crop_size):
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in size), indexing="ij")
+    mask = ((rows >= size[0] // 2) * 2 + (columns >= size[1] // 2)).byte()
+    image = torch.stack([(mask >= 2) * 255, (mask % 2) * 255, mask * 0]).byte()
+    image, mask = crop_val_transform(crop_size)(tv_tensors.Image(image), tv_tensors.Mask(mask))
+    # Red says the half above or below, green left or right; in between lie the blended pixels of a border.
+    for channel, half in ((image[0], mask >= 2), (image[1], mask % 2 == 1)):
+        sharp = (channel < 64) | (channel > 191)
+        assert sharp.float().mean() > 0.8 and torch.equal(channel[sharp] > 127, half[sharp])
+        assert abs(channel.float().sum() / 255 - half.sum()) <= 0.51 * crop_size  # within half a pixel of a line
+    assert 0.4 < (mask >= 2).float().mean() < 0.6 and 0.4 < (mask % 2 == 1).float().mean() < 0.6  # of the middle
+
+
+def test_crop_of_validation_shows_the_whole_shorter_side():
+    image, mask = sample(60, 100)
+    crop, target = crop_val_transform(60)(image, mask)
+    assert torch.equal(crop, image[:, :, 20:80]) and torch.equal(target, mask[:, 20:80])
+
+
 @pytest.mark.parametrize(
     "arguments", [{"crop_size": 0}, {"crop_size": 9, "scale": (0, 1)}, {"crop_size": 9, "scale": (2, 1)}]
 )
 def test_impossible_crop_or_scale_is_refused(arguments):
     with pytest.raises(InputError):
         train_transform(**arguments)
+    if arguments == {"crop_size": 0}:
+        with pytest.raises(InputError, match="--crop_size 0"):
+            crop_val_transform(**arguments)

@@ -1,10 +1,12 @@
 """What a trained or half-trained model does with batches: predict and evaluate, on the device to the last."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -88,12 +90,72 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+class Tta(NamedTuple):
+    """Test-time augmentation: the mean over the scales and, with `flip`, over the picture and its mirror image."""
+
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+
+
+MAX_SCALE = 4.0  # sixteen times the pixels, and the memory
+
+
+def parse_tta(text: str) -> Tta:
+    """`--tta`: "flip" and scales of the sides, separated by commas, like "flip,0.5,1.0"; without a scale it is 1.0.
+
+    Raises InputError for anything else, also for a scale that is given twice.
+    """
+    found: list[str | float] = []
+    for item in (item.strip() for item in text.split(",")):
+        try:
+            value = item if item == "flip" else float(item)
+        except ValueError:
+            raise InputError(f"--tta {text}: {item!r} is neither flip nor a scale; try flip,0.75,1.0,1.25") from None
+        if value != "flip" and not 0 < value <= MAX_SCALE:
+            raise InputError(f"--tta {text}: the scale {item} is not above 0 and up to {MAX_SCALE:g}")
+        if value in found:
+            raise InputError(f"--tta {text}: {item} is there twice; give it once")
+        found.append(value)
+    return Tta("flip" in found, tuple(value for value in found if value != "flip") or (1.0,))
+
+
 @torch.inference_mode()
-def predict(model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None) -> torch.Tensor:
+def predict(
+    model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None, *, tta: Tta | None = None
+) -> torch.Tensor:
     """Class ids, uint8 `[B, H, W]`, of uint8 RGB `[B, 3, H, W]` by a model in evaluation mode."""
-    with autocast(images.device, amp):
-        logits = model(normalize(images))  # [B, C, H, W]
-    return logits.max(dim=1).indices.to(torch.uint8)  # max is many times faster than argmax on the CPU
+    if tta is None or tta == Tta():  # by the logits themselves, for close ones tie in the softmax
+        with autocast(images.device, amp):
+            scores = model(normalize(images))  # [B, C, H, W]
+    else:
+        scores = tta_probabilities(model, images, amp, tta=tta)  # [B, C, H, W]
+    return scores.max(dim=1).indices.to(torch.uint8)  # max is many times faster than argmax on the CPU
+
+
+@torch.inference_mode()
+def tta_probabilities(
+    model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None, *, tta: Tta
+) -> torch.Tensor:
+    """The mean of the class probabilities over all scales and flips, float32 `[B, C, H, W]` (1802.02611, section 4).
+
+    `images` is uint8 RGB `[B, 3, H, W]`. One pass after the other is added up: memory goes by the largest scale.
+    """
+    size, pictures, total = images.shape[-2:], normalize(images), 0.0
+    for scale in tta.scales:
+        scaled = [max(1, round(side * scale)) for side in size]
+        resized = _resize(pictures, scaled, antialias=True)  # [B, 3, h, w]
+        for flip in (False, True) if tta.flip else (False,):
+            with autocast(images.device, amp):
+                logits = model(resized.flip(-1) if flip else resized)  # [B, C, h, w]
+            probabilities = _resize(logits.float().softmax(dim=1), size)  # [B, C, H, W]
+            total += probabilities.flip(-1) if flip else probabilities
+    return total / (len(tta.scales) * (1 + tta.flip))
+
+
+def _resize(x: torch.Tensor, size: Sequence[int], *, antialias: bool = False) -> torch.Tensor:
+    if x.shape[-2:] == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
 def evaluate(
@@ -102,20 +164,25 @@ def evaluate(
     *,
     num_classes: int,
     amp: torch.dtype | None = None,
-    on_batch: Callable[[list[int], torch.Tensor, torch.Tensor], None] | None = None,
+    tta: Tta | None = None,
+    on_batch: Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> ConfusionMatrix:
     """The confusion matrix of a model over a loader whose batches are `(images, masks)`, uint8, as
-    `SameSizeBatches` makes them; `on_batch(indices, images, predictions)` sees each batch in that order."""
+    `SameSizeBatches` makes them.
+
+    `on_batch(indices, images, masks, predictions)` sees each batch in that order: the indices in the data set, uint8
+    RGB `[B, 3, H, W]`, and uint8 class ids `[B, H, W]` twice, all on the model's device.
+    """
     device = model.device
     confusion = ConfusionMatrix(num_classes, device)
     bar = tqdm(loader, desc="validation", unit="batch", leave=False, dynamic_ncols=True, disable=None)
     with evaluating(model):
         for done, (indices, (images, masks)) in enumerate(zip(loader.batch_sampler, bar, strict=True), 1):
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-            predictions = predict(model, images, amp)
+            predictions = predict(model, images, amp, tta=tta)
             confusion.update(masks, predictions)
             if on_batch is not None:
-                on_batch(indices, images, predictions)
+                on_batch(indices, images, masks, predictions)
             if done % 10 == 0 and not bar.disable:  # each look waits for the device
                 bar.set_postfix_str(f"mIoU={confusion.compute()['Mean IoU']:.4f}", refresh=False)
     return confusion

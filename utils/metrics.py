@@ -1,10 +1,12 @@
 """Scores of semantic segmentation, from one confusion matrix; boundary IoU."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from datasets.files import VOID
 from utils.errors import InputError
 
 LABELS = 256  # a mask is uint8
@@ -46,7 +48,7 @@ class ConfusionMatrix:
         counts = self._counts.view(LABELS, self.num_classes)
         if int(self._highest) >= self.num_classes:
             raise InputError(f"a prediction of {int(self._highest)}, but the classes are 0..{self.num_classes - 1}")
-        stray = counts[self.num_classes : LABELS - 1].sum(dim=1).nonzero()
+        stray = counts[self.num_classes : VOID].sum(dim=1).nonzero()
         if len(stray):
             label = self.num_classes + int(stray[0])
             raise InputError(f"a label of {label} is neither a class (0..{self.num_classes - 1}) nor void (255)")
@@ -100,24 +102,46 @@ def format_scores(result: dict) -> list[str]:
     return [f"{name}: {result[name]:.6f}" for name in ("Overall Acc", "Mean Acc", "FreqW Acc", "Mean IoU")]
 
 
-def format_class_table(result: dict, class_names: list[str]) -> list[str]:
-    """A line per class with its IoU; "-" for one in neither target nor prediction."""
+def format_class_table(
+    result: dict, class_names: list[str], class_boundary_iou: list[float] | None = None
+) -> list[str]:
+    """A line per class: its IoU and, if given, boundary IoU; "-" for one in neither target nor prediction."""
+    columns = {f"{'IoU':>6}": result["Class IoU"]}  # by heading, as wide as the column
+    if class_boundary_iou:
+        columns["boundary IoU"] = class_boundary_iou
     width = max(len(name) for name in [*class_names, "class"])
-    rows = zip(class_names, result["Class IoU"], strict=True)
-    lines = [f"{name:<{width}}  {'-' if iou != iou else f'{iou:.4f}':>6}" for name, iou in rows]
-    return [f"{'class':<{width}}  {'IoU':>6}", *lines]
+    lines = ["  ".join([f"{'class':<{width}}", *columns])]
+    for name, *ious in zip(class_names, *columns.values(), strict=True):
+        cells = ("-" if iou != iou else f"{iou:.4f}" for iou in ious)
+        cells = (f"{cell:>{len(heading)}}" for cell, heading in zip(cells, columns, strict=True))
+        lines.append("  ".join([f"{name:<{width}}", *cells]))
+    return lines
 
 
-def boundary(masks: torch.Tensor, dilation_ratio: float = 0.02) -> torch.Tensor:
-    """The pixels of bool `[..., H, W]` masks that lie within d of their outline, d = `dilation_ratio` of the diagonal
-    in whole pixels, 1 at least (Cheng et al. 2021, arXiv 2103.16562, section 4 and its published code: d erosions by
-    a 3x3 square). The picture's edge is an outline too."""
-    height, width = masks.shape[-2:]
-    reach = max(1, round(dilation_ratio * math.hypot(height, width)))
-    outside = F.pad((~masks).float().reshape(-1, 1, height, width), [reach] * 4, value=1.0)  # [N, 1, H + 2d, W + 2d]
-    side = 2 * reach + 1  # d erosions by 3x3 are one by this square, and a square is a row after a column
-    near = F.max_pool2d(F.max_pool2d(outside, (side, 1), stride=1), (1, side), stride=1)  # [N, 1, H, W]
-    return masks & near.reshape(masks.shape).bool()
+def boundary(ids: torch.Tensor, dilation_ratio: float = 0.02) -> torch.Tensor:
+    """The pixels of uint8 class ids `[..., H, W]` that lie within d of another class, of void (255, itself not among
+    them) or of the picture's edge; of a bool mask, whose outside counts as void, those of the mask. d, in whole
+    pixels and 1 at least, is `dilation_ratio` of the diagonal (Cheng et al. 2021, arXiv 2103.16562, section 4 and
+    its published code: d erosions of each class by a 3x3 square)."""
+    if ids.dtype == torch.bool:
+        ids = (~ids).to(torch.uint8) * VOID
+    reach = max(1, round(dilation_ratio * math.hypot(*ids.shape[-2:])))
+    # d erosions by 3x3 are one by this square, which a pixel survives where highest and lowest id in it are its own:
+    # all classes at once.
+    side, padded = 2 * reach + 1, F.pad(ids, [reach] * 4, value=VOID)  # [..., H + 2d, W + 2d]
+    highest, lowest = (_over_squares(choose, padded, side) for choose in (torch.maximum, torch.minimum))
+    return ((highest != ids) | (lowest != ids)) & (ids != VOID)
+
+
+def _over_squares(choose: Callable, ids: torch.Tensor, side: int) -> torch.Tensor:
+    """`torch.maximum` or `torch.minimum` over each square of that side: `[..., H, W]`, both sides `side` - 1 less."""
+    for dim in (-2, -1):  # a square is a row after a column
+        reached = 1
+        while reached < side:  # the window doubles: two that overlap or touch make one
+            step = min(reached, side - reached)
+            rest = ids.shape[dim] - step
+            ids, reached = choose(ids.narrow(dim, 0, rest), ids.narrow(dim, step, rest)), reached + step
+    return ids
 
 
 class BoundaryIoU:
@@ -129,25 +153,27 @@ class BoundaryIoU:
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", dilation_ratio: float = 0.02) -> None:
         self.num_classes, self.dilation_ratio = num_classes, dilation_ratio
-        self._counts = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # intersection, union
+        # Pixels near an outline of both, of the target, of the prediction.
+        self._counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
 
     def update(self, target: torch.Tensor, prediction: torch.Tensor) -> None:
-        """Adds one picture: class ids `[H, W]`, uint8 or any integers in 0..255; a target of 255 is void.
+        """Adds pictures of one size, class ids `[..., H, W]`, uint8 or any integers in 0..255; target 255 is void.
 
         Raises ValueError for other shapes or dtypes, InputError for ids outside 0..255.
         """
-        if target.shape != prediction.shape or target.ndim != 2:
-            raise ValueError(f"target {tuple(target.shape)} and prediction {tuple(prediction.shape)} are not [H, W]")
+        if target.shape != prediction.shape or target.ndim < 2:
+            raise ValueError(
+                f"target {tuple(target.shape)} and prediction {tuple(prediction.shape)} are not [..., H, W]"
+            )
         target, prediction = as_uint8(target), as_uint8(prediction)
-        prediction = torch.where(target == LABELS - 1, target, prediction)
-        for class_id in range(self.num_classes):  # one at a time: a stack of all would be large
-            both = torch.stack([target == class_id, prediction == class_id])  # [2, H, W]
-            if both.any():
-                near = boundary(both, self.dilation_ratio)
-                self._counts[:, class_id] += torch.stack([near.all(dim=0).sum(), near.any(dim=0).sum()])
+        prediction = torch.where(target == VOID, VOID, prediction)
+        near = [torch.where(boundary(ids, self.dilation_ratio), ids, VOID) for ids in (target, prediction)]
+        near = [torch.where(near[0] == near[1], near[0], VOID), *near]
+        counts = torch.stack([ids.flatten().bincount(minlength=LABELS) for ids in near])  # [3, 256]
+        self._counts += counts[:, : self.num_classes]
 
     def compute(self) -> dict:
         """ "Mean Boundary IoU" and "Class Boundary IoU" in 0..1; absent classes as in `scores`."""
-        intersection, union = self._counts.double().cpu()
-        class_iou = intersection / union  # 0 / 0 = NaN: in neither
+        both, target, prediction = self._counts.double().cpu()
+        class_iou = both / (target + prediction - both)  # 0 / 0 = NaN: in neither
         return {"Mean Boundary IoU": class_iou.nanmean().item(), "Class Boundary IoU": class_iou.tolist()}

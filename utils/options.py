@@ -5,20 +5,39 @@ import argparse
 from datasets import DATASETS
 from network import MODELS
 from utils.cli import Parser, number
+from utils.engine import parse_tta
 from utils.errors import InputError
-from utils.loss import LOSSES
+from utils.loss import CLASS_WEIGHTS, LOSSES
 
 MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16}  # where no checkpoint decides
 ABOUT_THE_DATA = ("dataset", "data_root", "year")
 # What may differ between two starts of one run without changing what it computes.
 ABOUT_THE_START = {"continue_training", "test_only", "ckpt", "download", "run_name", "run_dir", "num_workers"}
 ABOUT_THE_START |= {"print_interval", "enable_vis", "vis_port", "vis_env", "vis_num_samples", "backbone_weights"}
+ABOUT_THE_TEST = {"tta": None, "eval_output_stride": None, "crop_val": False}  # with their defaults
 
 
 def default_run_name(opts: argparse.Namespace, checkpoint: dict | None) -> str:
     known = checkpoint["options"] if checkpoint else vars(opts)
     model, stride = (known[name] or default for name, default in MODEL_DEFAULTS.items())
-    return f"{model}_{opts.dataset}_os{stride}_{opts.loss_type}"
+    weights = "" if opts.class_weights == "none" else f"_{opts.class_weights}"
+    return f"{model}_{opts.dataset}_os{stride}_{opts.loss_type}{weights}"
+
+
+def test_folder(opts: argparse.Namespace) -> str:
+    """`test_<split>`, with what is not the plain evaluation: one does not overwrite the other."""
+    stride = f"_os{opts.eval_output_stride}" if opts.eval_output_stride else ""
+    tta = f"_tta_{opts.tta.replace(',', '_')}" if opts.tta else ""
+    return f"test_{opts.val_split}{stride}{tta}" + (f"_crop{opts.crop_size}" if opts.crop_val else "")
+
+
+def require_fitting(opts: argparse.Namespace) -> None:
+    """Raises InputError for flags that do not go with each other."""
+    if opts.test_only and opts.continue_training:
+        raise InputError("--test_only: goes without --continue_training; leave one of them out")
+    for name, default in ABOUT_THE_TEST.items():
+        if getattr(opts, name) != default and not opts.test_only:
+            raise InputError(f"--{name}: is for --test_only; validation in training is plain; leave it out")
 
 
 def settle_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
@@ -36,7 +55,8 @@ def settle_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
 def differences(opts: argparse.Namespace, checkpoint: dict) -> list[str]:
     """A line per option whose value is not what the checkpoint was trained with."""
     stored, now = checkpoint["options"], vars(opts)
-    names = ABOUT_THE_DATA if opts.test_only else [name for name in now if name not in ABOUT_THE_START]
+    names = [name for name in now if name not in ABOUT_THE_START | ABOUT_THE_TEST.keys()]
+    names = ABOUT_THE_DATA if opts.test_only else names
     return [
         f"{name}: {stored.get(name)} in the checkpoint, {now[name]} now"
         for name in names
@@ -84,8 +104,13 @@ def get_parser() -> argparse.ArgumentParser:
     add("--step_size", metavar="N", type=count, default=1000, help="of step: iterations between two drops")
     add("--gamma", metavar="X", type=number(float, 0, 1), default=0.9, help="of step: factor at each drop")
     add("--warmup_itrs", metavar="N", type=number(int, 0), default=0, help="iterations of linear warm-up")
-    add("--loss_type", choices=LOSSES, default="cross_entropy", help="mean over the valid pixels")
+    share = number(float, 0, 1)
+    add("--loss_type", choices=LOSSES, default="cross_entropy", help="see utils/loss.py")
     add("--focal_gamma", metavar="X", type=ratio, default=2.0, help="of focal_loss; 0 is cross-entropy")
+    add("--ohem_threshold", metavar="X", type=share, default=0.7, help="of ohem: pixels of a higher p are easy")
+    add("--ohem_keep", metavar="X", type=share, default=0.25, help="of ohem: least share of the pixels to keep")
+    text = "from the training set's pixels; not for lovasz_softmax"
+    add("--class_weights", choices=["none", *CLASS_WEIGHTS], default="none", help=text)
     add("--val_interval", metavar="N", type=number(int, 0), default=0, help="iterations; 0: every epoch")
     add("--val_batch_size", metavar="N", type=count, default=8, help="images, of one size, at native size")
     add("--print_interval", metavar="N", type=count, default=10, help="iterations between two loss lines")
@@ -102,9 +127,20 @@ def get_parser() -> argparse.ArgumentParser:
     add("--test_only", action="store_true", help="score --ckpt (or the run's best.pth) on --val_split")
     add("--save_val_results", action="store_true", help="save id masks and overlays of the pictures")
 
+    add = parser.add_argument_group("test (with --test_only)").add_argument
+    add("--tta", metavar="LIST", type=_tta, help="mean over flip and scales: flip,0.5,0.75,1.0,1.25,1.5,1.75")
+    text = "test at another stride than the model was trained at"
+    add("--eval_output_stride", type=int, choices=[16, 8], help=text)
+    add("--crop_val", action="store_true", help="centre crops of --crop_size: comparable with other such scores only")
+
     add = parser.add_argument_group("dashboard").add_argument
     add("--enable_vis", action="store_true", help="send curves to a visdom server")
     add("--vis_port", metavar="N", type=number(int, 1, 65535), default=8097, help="the server's")
     add("--vis_env", metavar="NAME", default="main", help="the dashboard's environment")
     add("--vis_num_samples", metavar="N", type=number(int, 0), default=8, help="image | truth | prediction strips")
     return parser
+
+
+def _tta(text: str) -> str:
+    parse_tta(text)  # options stay plain text, as options.json and checkpoints keep them
+    return text

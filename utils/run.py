@@ -131,7 +131,9 @@ class ResultWriter:
     def __init__(self, folder: Path, dataset: SegmentationDataset) -> None:
         self.folder, self.ids, self.palette = folder, dataset.ids, dataset.palette
 
-    def __call__(self, indices: list[int], images: torch.Tensor, predictions: torch.Tensor) -> None:
+    def __call__(
+        self, indices: list[int], images: torch.Tensor, masks: torch.Tensor, predictions: torch.Tensor
+    ) -> None:
         for index, image, prediction in zip(indices, images.cpu(), predictions.cpu(), strict=True):
             mask = Image.fromarray(prediction.numpy())
             mask.putpalette(self.palette.tobytes())

@@ -1,0 +1,235 @@
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from datasets import build_dataset
+from datasets.sampler import SameSizeBatches
+from network import build_model
+from utils.card import Card, bootstrap_interval, format_card, image_counts, mean_iou, write_card
+from utils.engine import evaluate
+from utils.metrics import BoundaryIoU, ConfusionMatrix, image_iou, scores
+
+CPU = torch.device("cpu")
+ABOUT = {"checkpoint": "best.pth", "split": "val", "tta": None, "crop_val": False, "comparable": True}
+
+
+def random_ids(number, num_classes=4, *, seed=0, void=0.1, size=(20, 24)):
+    """Masks with void, and predictions that are right for a share of the pixels that differs per picture."""
+    rng = np.random.default_rng(seed)
+    masks = rng.integers(0, num_classes, (number, *size))
+    right = rng.random(masks.shape) < rng.random((number, 1, 1))
+    predictions = np.where(right, masks, rng.integers(0, num_classes, masks.shape))
+    masks = np.where(rng.random(masks.shape) < void, 255, masks)
+    return torch.from_numpy(masks).to(torch.uint8), torch.from_numpy(predictions).to(torch.uint8)
+
+
+def collected(masks, predictions, num_classes=4, order=None, batch_size=3):
+    """The card of pictures shown in that order, in batches."""
+    order = list(range(len(masks))) if order is None else order
+    card = Card([f"p{index}" for index in range(len(masks))], num_classes, CPU)
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        card(batch, torch.zeros(len(batch), 3, *masks.shape[1:], dtype=torch.uint8), masks[batch], predictions[batch])
+    return card.compute()
+
+
+def without_speed(card):
+    return {name: value for name, value in card.items() if name not in ("images_per_second", "peak_memory_mb")}
+
+
+# --- counts and the interval ---
+
+
+@pytest.mark.parametrize("num_classes", [1, 4, 21, 255])
+def test_counts_of_an_image_are_those_of_its_own_confusion_matrix(num_classes):
+    masks, predictions = random_ids(3, num_classes)
+    masks[1] = 255  # nothing labelled
+    counts = image_counts(masks, predictions, num_classes)
+    assert counts.shape == (3, 3, num_classes) and counts.dtype == torch.int64
+    for mask, prediction, count in zip(masks, predictions, counts, strict=True):
+        confusion = ConfusionMatrix(num_classes)
+        confusion.update(mask, prediction)
+        matrix = confusion.matrix()
+        assert torch.equal(count, torch.stack([matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)]))
+
+
+def matrices_and_counts(number=12, num_classes=5):
+    """Confusion matrices per image, with a class that is rare (2), only predicted (3), nowhere (4); their counts."""
+    rng = np.random.default_rng(1)
+    matrices = rng.integers(0, 50, (number, num_classes, num_classes)) * (rng.random((number, 1, 1)) < 0.9)
+    matrices[1:, 2], matrices[1:, :, 2] = 0, 0  # in the first image alone: absent from some resamples
+    matrices[:, 3:], matrices[:, :, 4], matrices[2:, :, 3] = 0, 0, 0
+    matrices[:, 0, 0] += 1
+    diagonal = np.diagonal(matrices, axis1=1, axis2=2)
+    return matrices, np.stack([diagonal, matrices.sum(axis=2), matrices.sum(axis=1)], axis=1).astype(float)
+
+
+def test_interval_is_that_of_a_plain_loop_over_resamples():
+    matrices, counts = matrices_and_counts()
+    rng, means = np.random.default_rng(7), []
+    for _ in range(250):
+        draw = rng.integers(len(matrices), size=len(matrices))
+        means.append(scores(torch.from_numpy(matrices[draw].sum(axis=0)))["Mean IoU"])
+    expected = np.percentile(means, 2.5), np.percentile(means, 97.5)
+    assert bootstrap_interval(counts, resamples=250, seed=7) == pytest.approx(expected, rel=1e-12)
+    assert expected[0] < scores(torch.from_numpy(matrices.sum(axis=0)))["Mean IoU"] < expected[1]
+
+
+def test_mean_of_counts_follows_the_rule_for_absent_classes():
+    matrices, counts = matrices_and_counts()
+    expected = [scores(torch.from_numpy(matrix))["Mean IoU"] for matrix in matrices]
+    assert mean_iou(counts) == pytest.approx(expected, rel=1e-12)
+    assert math.isnan(mean_iou(np.zeros((3, 5))))
+
+
+def test_interval_of_one_image_is_its_score():
+    _, counts = matrices_and_counts()
+    assert bootstrap_interval(counts[:1]) == pytest.approx([mean_iou(counts[0])] * 2)
+
+
+def test_interval_of_no_labelled_image_is_refused():
+    with pytest.raises(ValueError, match="no image has a labelled pixel"):
+        bootstrap_interval(np.zeros((0, 3, 5)))
+
+
+def test_interval_narrows_with_the_number_of_images():
+    widths = []
+    for number in (10, 1000):
+        masks, predictions = random_ids(number, size=(4, 4))
+        low, high = bootstrap_interval(image_counts(masks, predictions, 4).double().numpy())
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 5
+
+
+# --- the card ---
+
+
+def test_card_has_each_images_score_and_the_worst_first():
+    masks, predictions = random_ids(14)
+    masks[5] = 255
+    card = collected(masks, predictions)
+    expected = [image_iou(mask, prediction, 4) for mask, prediction in zip(masks, predictions, strict=True)]
+    ids, ious, accuracies = zip(*card["per_image"], strict=True)
+    assert list(ids) == [f"p{index}" for index in range(14)]
+    assert ious == pytest.approx(expected, nan_ok=True) and math.isnan(ious[5]) and math.isnan(accuracies[5])
+    right = (masks == predictions).sum(dim=(1, 2)) / (masks != 255).sum(dim=(1, 2))
+    assert accuracies == pytest.approx(right.tolist(), nan_ok=True)
+    ranking = sorted((iou, f"p{index}") for index, iou in enumerate(expected) if index != 5)
+    assert [(id, pytest.approx(iou)) for iou, id in ranking[:10]] == card["worst"]
+    labelled = [index for index in range(14) if index != 5]
+    assert card["labelled_images"] == 13
+    assert card["bootstrap"] == collected(masks[labelled], predictions[labelled])["bootstrap"]
+
+
+def test_order_and_size_of_the_batches_make_no_difference():
+    masks, predictions = random_ids(9)
+    expected = without_speed(collected(masks, predictions))
+    shuffled = collected(masks, predictions, order=[4, 8, 1, 0, 7, 3, 2, 6, 5], batch_size=2)
+    assert without_speed(shuffled) == expected
+
+
+def test_images_of_equal_score_are_listed_in_the_data_sets_order():
+    masks = torch.zeros(50, 6, 6, dtype=torch.uint8)
+    card = collected(masks, masks, order=list(range(49, -1, -1)))
+    assert [id for id, _ in card["worst"]] == [f"p{index}" for index in range(10)]
+
+
+def test_boundary_iou_is_that_of_the_whole_set():
+    masks, predictions = random_ids(5)
+    measure = BoundaryIoU(4)
+    for mask, prediction in zip(masks, predictions, strict=True):
+        measure.update(mask, prediction)
+    card = collected(masks, predictions)
+    assert card["mean_boundary_iou"] == measure.compute()["Mean Boundary IoU"]
+    assert card["class_boundary_iou"] == measure.compute()["Class Boundary IoU"]
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_one_image_makes_a_card(num_classes):
+    masks, predictions = random_ids(1, num_classes)
+    card = collected(masks, predictions, num_classes)
+    iou = image_iou(masks[0], predictions[0], num_classes)
+    assert card["bootstrap"] == pytest.approx((iou, iou)) and card["worst"] == [("p0", pytest.approx(iou))]
+
+
+def test_time_of_the_card_and_of_what_it_calls_is_not_the_evaluations(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("utils.card.time.perf_counter", lambda: now[0])
+
+    def pass_time(*batch):
+        now[0] += 100.0
+
+    masks, predictions = random_ids(6)
+    card = Card([f"p{index}" for index in range(6)], 4, CPU, also=pass_time)
+    for batch in ([0, 1, 2], [3, 4, 5]):
+        now[0] += 1.5
+        card(batch, torch.zeros(3, 3, 20, 24), masks[batch], predictions[batch])
+    assert card.compute()["images_per_second"] == pytest.approx(6 / 3)
+
+
+def test_card_of_an_evaluation_agrees_with_its_matrix(folder):
+    dataset, seen = build_dataset("folder", folder, "val"), []
+    loader = DataLoader(dataset, batch_sampler=SameSizeBatches(dataset.sizes(), 2))
+    torch.manual_seed(0)
+    model = build_model("deeplabv3plus_mobilenet_v3_large", num_classes=4)
+    card = Card(dataset.ids, 4, CPU, also=lambda *batch: seen.append(batch))
+    matrix = evaluate(model, loader, num_classes=4, on_batch=card).matrix()
+    figures = card.compute()
+    assert [id for id, *_ in figures["per_image"]] == dataset.ids
+    low, high = figures["bootstrap"]
+    assert low <= scores(matrix)["Mean IoU"] <= high
+    for indices, _, masks, predictions in seen:
+        for index, mask, prediction in zip(indices, masks, predictions, strict=True):
+            assert figures["per_image"][index][1] == pytest.approx(image_iou(mask, prediction, 4))
+    assert figures["images_per_second"] > 0 and figures["peak_memory_mb"] > 0
+
+
+# --- printed and written ---
+
+
+def test_card_is_printed_in_the_form_of_the_scores():
+    card = {"mean_boundary_iou": 0.601234, "bootstrap": (0.512, 0.54), "labelled_images": 100}
+    card |= {"images_per_second": 12.34, "peak_memory_mb": 1234.4, "worst": [("a", 0.1), ("b", 0.2)]}
+    assert format_card(card) == [
+        "Mean Boundary IoU: 0.601234",
+        "Mean IoU 95% interval: 0.512000 to 0.540000 (bootstrap over 100 images)",
+        "Speed: 12.3 images/s",
+        "Peak memory: 1,234 MB",
+        "The 2 images of lowest mIoU:",
+        "  0.100000  a",
+        "  0.200000  b",
+    ]
+
+
+def test_written_card_has_all_figures_and_reads_back(tmp_path):
+    masks, predictions = random_ids(12)
+    masks[3] = 255
+    card = collected(masks, predictions, num_classes=5)  # class 4 is nowhere
+    confusion = ConfusionMatrix(5)
+    confusion.update(masks, predictions)
+    result, names = confusion.compute(), ["sky", "road", "tree", "car", "dog"]
+    write_card(tmp_path, card, result=result, class_names=names, about=ABOUT)
+
+    read = json.loads((tmp_path / "card.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert {name: read[name] for name in ABOUT} == ABOUT
+    assert read["mean_iou"] == result["Mean IoU"] and read["freqw_acc"] == result["FreqW Acc"]
+    assert read["mean_boundary_iou"] == card["mean_boundary_iou"] and tuple(read["bootstrap"]) == card["bootstrap"]
+    assert [(row["image"], row["mean_iou"]) for row in read["worst"]] == card["worst"]
+    assert [row["class"] for row in read["classes"]] == names
+    assert read["classes"][1]["iou"] == result["Class IoU"][1]
+    assert read["classes"][1]["boundary_iou"] == card["class_boundary_iou"][1]
+    assert read["classes"][4] == {"class": "dog", "iou": None, "boundary_iou": None}
+    assert read["images_per_second"] == card["images_per_second"] and read["labelled_images"] == 11
+
+    with (tmp_path / "images.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "mean_iou", "pixel_accuracy"]
+    assert [row["image"] for row in rows] == [f"p{index}" for index in range(12)]
+    for row, (_, *expected) in zip(rows, card["per_image"], strict=True):
+        found = [float(row["mean_iou"]), float(row["pixel_accuracy"])]
+        assert found == pytest.approx(expected, abs=1e-6, nan_ok=True)

@@ -1,0 +1,160 @@
+"""The evaluation card of `main.py --test_only`: what one mIoU does not tell.
+
+Boundary IoU, how far chance in the choice of the images goes, which images fare worst, speed and memory. It is
+collected batch by batch beside the confusion matrix; per image only 3 counts a class are kept.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.metrics import LABELS, BoundaryIoU
+from utils.run import SCORE_COLUMNS, peak_memory_mb, write_csv, write_text
+
+RESAMPLES = 1000
+CHUNK = 100  # resamples at a time: 8 bytes an image each
+NUM_WORST = 10
+
+
+class Card:
+    """Collects the figures of one evaluation: an `on_batch` of `engine.evaluate`, to be made right before it.
+
+    `ids` are the data set's, which the indices of a batch point into. `also`, another `on_batch`, is called with each
+    batch; its time, like that of the collecting, does not count as the evaluation's.
+    """
+
+    def __init__(
+        self, ids: list[str], num_classes: int, device: torch.device, *, also: Callable[..., None] | None = None
+    ) -> None:
+        self.ids, self.num_classes, self.device, self.also = ids, num_classes, device, also
+        self._boundary = BoundaryIoU(num_classes, device)
+        self._indices: list[int] = []
+        self._counts: list[torch.Tensor] = []  # [B, 3, C] a batch, on the device
+        self._began, self._not_counted = time.perf_counter(), 0.0
+
+    def __call__(
+        self, indices: list[int], images: torch.Tensor, masks: torch.Tensor, predictions: torch.Tensor
+    ) -> None:
+        began = self._clock()
+        self._indices += indices
+        self._counts.append(image_counts(masks, predictions, self.num_classes))
+        self._boundary.update(masks, predictions)
+        if self.also is not None:
+            self.also(indices, images, masks, predictions)
+        self._not_counted += self._clock() - began
+
+    def compute(self) -> dict:
+        """The figures, to be asked for right after the evaluation, for its time is taken now.
+
+        "mean_boundary_iou" and "class_boundary_iou" (C floats; NaN: absent). "bootstrap": the 95% interval
+        (low, high) of mIoU over the "labelled_images", those with a labelled pixel. "worst": (id, mIoU) of the ten
+        of these whose own mIoU is lowest, lowest first. "per_image": (id, mIoU, pixel accuracy) in the data set's
+        order, NaN for images without a labelled pixel. "images_per_second" and "peak_memory_mb".
+        Raises ValueError where no image has a labelled pixel.
+        """
+        seconds = self._clock() - self._began - self._not_counted
+        peak = peak_memory_mb(self.device)
+        counts = torch.cat(self._counts).cpu().numpy()[np.argsort(self._indices)].astype(float)  # [N, 3, C]
+        ids = [self.ids[index] for index in sorted(self._indices)]
+        right, target, _ = counts.sum(axis=2).T  # [N] each
+        labelled = target > 0
+        with np.errstate(invalid="ignore"):  # 0 / 0 = NaN: nothing is labelled
+            ious, accuracies = mean_iou(counts), right / target
+        worst = np.argsort(ious, kind="stable")[: min(NUM_WORST, labelled.sum())]  # NaNs come last
+        edges = self._boundary.compute()
+        return {
+            "mean_boundary_iou": edges["Mean Boundary IoU"],
+            "class_boundary_iou": edges["Class Boundary IoU"],
+            "bootstrap": bootstrap_interval(counts[labelled]),
+            "labelled_images": int(labelled.sum()),
+            "worst": [(ids[index], float(ious[index])) for index in worst],
+            "per_image": list(zip(ids, ious.tolist(), accuracies.tolist(), strict=True)),
+            "images_per_second": len(ids) / seconds,
+            "peak_memory_mb": peak,
+        }
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def image_counts(masks: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Pixels per image and class that are right, in the target and in the prediction, int64 `[B, 3, C]`.
+
+    Of uint8 class ids `[B, H, W]` each, the predictions below C; pixels whose mask is no class count nowhere.
+    """
+    first = torch.arange(len(masks), device=masks.device).mul_(LABELS).to(torch.int32)[:, None, None]  # [B, 1, 1]
+    index = (first + masks).mul_(num_classes).add_(predictions)  # [B, H, W]
+    pairs = torch.bincount(index.flatten(), minlength=len(masks) * LABELS * num_classes)
+    matrices = pairs.view(len(masks), LABELS, num_classes)[:, :num_classes]  # [B, C, C], rows = target
+    return torch.stack([matrices.diagonal(dim1=1, dim2=2), matrices.sum(dim=2), matrices.sum(dim=1)], dim=1)
+
+
+def mean_iou(counts: np.ndarray) -> np.ndarray:
+    """mIoU of float counts `[..., 3, C]` as in `image_counts`: `[...]`; absent classes as in `utils.metrics.scores`.
+
+    NaN, without a warning, where no class is there at all.
+    """
+    right, target, predicted = np.moveaxis(counts, -2, 0)  # [..., C] each
+    union = target + predicted - right
+    there = union > 0
+    iou = np.divide(right, union, out=np.zeros_like(right), where=there)
+    with np.errstate(invalid="ignore"):
+        return iou.sum(axis=-1) / there.sum(axis=-1)
+
+
+def bootstrap_interval(counts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of mIoU over the choice of the images: percentiles 2.5 and 97.5 of the mIoU of so many draws
+    of N images out of the N with replacement (Efron 1979). It does not tell how far another training would go.
+
+    `counts` is float `[N, 3, C]` as in `image_counts`, each image with a labelled pixel; the same seed gives the same
+    draws. Raises ValueError for N = 0.
+    """
+    rng, number, means = np.random.default_rng(seed), len(counts), []
+    if not number:
+        raise ValueError("no image has a labelled pixel: there is no interval")
+    for first in range(0, resamples, CHUNK):
+        draws = (rng.integers(number, size=number) for _ in range(min(CHUNK, resamples - first)))
+        weights = np.stack([np.bincount(draw, minlength=number) for draw in draws]).astype(float)  # [R, N]
+        means.append(mean_iou((weights @ counts.reshape(number, -1)).reshape(-1, *counts.shape[1:])))  # [R]
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def format_card(card: dict) -> list[str]:
+    """What `Card.compute` gives, apart from the figures per class and image, as lines to print."""
+    low, high = card["bootstrap"]
+    return [
+        f"Mean Boundary IoU: {card['mean_boundary_iou']:.6f}",
+        f"Mean IoU 95% interval: {low:.6f} to {high:.6f} (bootstrap over {card['labelled_images']} images)",
+        f"Speed: {card['images_per_second']:.1f} images/s",
+        f"Peak memory: {card['peak_memory_mb']:,.0f} MB",
+        f"The {len(card['worst'])} images of lowest mIoU:",
+        *(f"  {iou:.6f}  {id}" for id, iou in card["worst"]),
+    ]
+
+
+def write_card(folder: Path, card: dict, *, result: dict, class_names: list[str], about: dict) -> None:
+    """`card.json` and `images.csv`. `card` is of `Card.compute`, `result` of `utils.metrics.scores`; `about` says
+    what was evaluated and how, in values that JSON knows, and comes first. NaN becomes null in JSON."""
+    figures = about | {column: result[name] for column, name in SCORE_COLUMNS.items()}
+    figures |= {name: value for name, value in card.items() if name not in ("class_boundary_iou", "per_image")}
+    figures["worst"] = [{"image": id, "mean_iou": iou} for id, iou in card["worst"]]
+    ious = zip(class_names, result["Class IoU"], card["class_boundary_iou"], strict=True)
+    figures["classes"] = [{"class": name, "iou": iou, "boundary_iou": edge} for name, iou, edge in ious]
+    write_text(folder / "card.json", json.dumps(_without_nan(figures), indent=2, allow_nan=False) + "\n")
+    rows = [[id, f"{iou:.6f}", f"{accuracy:.6f}"] for id, iou, accuracy in card["per_image"]]
+    write_csv(folder / "images.csv", ["image", "mean_iou", "pixel_accuracy"], rows)
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and value != value else value
