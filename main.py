@@ -13,7 +13,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -27,22 +26,14 @@ from datasets.voc import SegmentationDataset
 from network import build_model
 from network._deeplab import DeepLab
 from utils.card import Card, format_card, write_card
-from utils.checkpoint import TrainingState, load_checkpoint, load_model_state, require_classes
+from utils.checkpoint import TrainingState, load_model_state, require_classes
 from utils.cli import exit_codes
 from utils.engine import RunningMean, autocast, choose_amp, choose_device, evaluate, normalize, parse_tta
 from utils.errors import InputError
 from utils.loss import build_loss, class_weights
 from utils.metrics import format_class_table, format_scores, scores
 from utils.optimizer import build_optimizer
-from utils.options import (
-    ABOUT_THE_TEST,
-    default_run_name,
-    differences,
-    get_parser,
-    require_fitting,
-    settle_model,
-    test_folder,
-)
+from utils.options import ABOUT_THE_TEST, differences, find_run, get_parser
 from utils.plotting import prediction_strip
 from utils.run import SCORE_COLUMNS, ResultWriter, Run, device_name, peak_memory_mb
 from utils.visualizer import SilentVisualizer, Visualizer, build_visualizer
@@ -78,34 +69,6 @@ def main(argv: list[str] | None = None) -> dict:
     if opts.test_only:
         return test(opts, run, model=model, test_set=val_set, amp=amp)
     return train(opts, run, model=model, val_set=val_set, checkpoint=checkpoint, amp=amp)
-
-
-def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
-    """The folder to write to, and the checkpoint to begin with, None to begin from scratch.
-
-    Fills in `opts.model`, `opts.output_stride`, `opts.run_name` and `opts.ckpt`.
-    """
-    require_fitting(opts)
-    checkpoint = load_checkpoint(opts.ckpt) if opts.ckpt else None
-    opts.run_name = opts.run_name or default_run_name(opts, checkpoint)
-    run = Run(Path(opts.run_dir) / opts.run_name)
-
-    if run.exists and not opts.continue_training and not opts.test_only:
-        raise InputError(f"{run.folder}: that run exists; --continue_training goes on, --run_name starts another")
-    own = run.folder / ("best.pth" if opts.test_only else "latest.pth")
-    if (opts.test_only and checkpoint is None) or (opts.continue_training and own.is_file()):
-        if checkpoint and Path(opts.ckpt) != own:
-            run.log(f"{own} is there: the run goes on from it, not from {opts.ckpt}")
-        opts.ckpt, checkpoint = str(own), load_checkpoint(own)
-    elif opts.continue_training and checkpoint is None:
-        run.log(f"{own} is not there: the run starts from the beginning")
-    settle_model(opts, checkpoint)
-
-    if opts.test_only:  # beside the checkpoint's own run, where it belongs to one, and on its division of the data
-        opts.random_seed = checkpoint["options"]["random_seed"]
-        beside = Path(opts.ckpt).parent
-        run = Run((beside if (beside / "options.json").is_file() else run.folder) / test_folder(opts))
-    return run, checkpoint
 
 
 def validate(

@@ -52,16 +52,13 @@ class Experiment:
 
     def run(self, split: str) -> int:
         """Trains and tests as far as that was not done; returns the exit code of what failed, 0 if nothing did."""
-        history, latest = self.folder / "history.csv", self.folder / "latest.pth"
         test = self.folder / f"test_{split}" / "class_iou.csv"
-        # The history's last row is written before the weights that it belongs to: a kill may come between.
-        if not self.trained() or not (test.is_file() or newer(latest, history)):
-            test.unlink(missing_ok=True)  # it would be of a model that was not finished
-            if code := run_main([*self.arguments, "--continue_training"]):
-                return code
-        if not split or test.is_file():
+        if self.trained() and (test.is_file() or not split):
             return 0
         best = str(self.given_folder / "best.pth")
+        code = run_main([*self.arguments, "--continue_training"])  # ends at once where only the test is missing
+        if code or not split:
+            return code
         return run_main([*self.arguments, "--test_only", "--ckpt", best, "--val_split", split])
 
     def results(self, split: str) -> dict[str, float]:
@@ -86,10 +83,6 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise InputError(f"{path}: is not as main.py wrote it; restore it or remove it") from None
-
-
-def newer(path: Path, other: Path) -> bool:
-    return path.is_file() and path.stat().st_mtime_ns >= other.stat().st_mtime_ns
 
 
 def run_main(arguments: list[str]) -> int:

@@ -1,13 +1,16 @@
 """The flags of `main.py`, and what a checkpoint has to say about them."""
 
 import argparse
+from pathlib import Path
 
 from datasets import DATASETS
 from network import MODELS
+from utils.checkpoint import load_checkpoint
 from utils.cli import Parser, number
 from utils.engine import parse_tta
 from utils.errors import InputError
 from utils.loss import CLASS_WEIGHTS, LOSSES
+from utils.run import Run
 
 MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16}  # where no checkpoint decides
 ABOUT_THE_DATA = ("dataset", "data_root", "year")
@@ -50,6 +53,34 @@ def settle_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
         if checkpoint and given is not None and given != stored:
             raise InputError(f"--{name} {given}: contradicts {opts.ckpt}, which has {stored}; leave the flag out")
         setattr(opts, name, stored or given or default)
+
+
+def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
+    """The folder to write to, and the checkpoint to begin with, None to begin from scratch.
+
+    Fills in `opts.model`, `opts.output_stride`, `opts.run_name` and `opts.ckpt`.
+    """
+    require_fitting(opts)
+    checkpoint = load_checkpoint(opts.ckpt) if opts.ckpt else None
+    opts.run_name = opts.run_name or default_run_name(opts, checkpoint)
+    run = Run(Path(opts.run_dir) / opts.run_name)
+
+    if run.exists and not opts.continue_training and not opts.test_only:
+        raise InputError(f"{run.folder}: that run exists; --continue_training goes on, --run_name starts another")
+    own = run.folder / ("best.pth" if opts.test_only else "latest.pth")
+    if (opts.test_only and checkpoint is None) or (opts.continue_training and own.is_file()):
+        if checkpoint and Path(opts.ckpt) != own:
+            run.log(f"{own} is there: the run goes on from it, not from {opts.ckpt}")
+        opts.ckpt, checkpoint = str(own), load_checkpoint(own)
+    elif opts.continue_training and checkpoint is None:
+        run.log(f"{own} is not there: the run starts from the beginning")
+    settle_model(opts, checkpoint)
+
+    if opts.test_only:  # beside the checkpoint's own run, where it belongs to one, and on its division of the data
+        opts.random_seed = checkpoint["options"]["random_seed"]
+        beside = Path(opts.ckpt).parent
+        run = Run((beside if (beside / "options.json").is_file() else run.folder) / test_folder(opts))
+    return run, checkpoint
 
 
 def differences(opts: argparse.Namespace, checkpoint: dict) -> list[str]:
