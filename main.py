@@ -177,7 +177,7 @@ def choose_criterion(
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """`--loss_type` with `--class_weights`, which are counted from the training set's masks and logged."""
     weights = None
-    if opts.class_weights != "none" and opts.loss_type != "lovasz_softmax":
+    if opts.class_weights != "none":
         counted = class_statistics(train_set)
         weights = class_weights(opts.class_weights, counted.pixels, counted.image_pixels, images=counted.images)
         pairs = zip(train_set.class_names, weights.tolist(), strict=True)

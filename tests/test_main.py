@@ -11,6 +11,7 @@ from PIL import Image
 
 import main
 from tests.conftest import ROOT, TINY, assert_refused, run_main, write_picture
+from utils.loss import LOSSES
 from utils.run import HISTORY
 
 
@@ -127,6 +128,61 @@ def test_test_only_prints_the_same_scores_and_writes_beside_the_run(start, tmp_p
     }
     assert (run / "history.csv").read_bytes() == history
     assert (run / "test_val/class_iou.csv").read_bytes() == (run / "class_iou.csv").read_bytes()
+
+
+def test_the_card_says_what_one_miou_does_not(start, tmp_path):
+    scores, _ = start("--run_name", "a", "--total_itrs", 2)
+    run = tmp_path / "runs" / "a"
+    _, out = start("--test_only", "--ckpt", run / "best.pth", "--tta", "flip,0.5,1.0", "--val_split", "train")
+    assert "boundary IoU" in out and "images of lowest mIoU" in out and "(bootstrap over 4 images)" in out
+    card = json.loads((run / "test_train_tta_flip_0.5_1.0/card.json").read_text())
+    assert card["ckpt"] == str(run / "best.pth") and card["tta"] == "flip,0.5,1.0" and card["comparable"]
+    assert card["bootstrap"][0] <= card["mean_iou"] <= card["bootstrap"][1]
+    assert [row["class"] for row in card["classes"]] == ["sky", "road", "tree", "car"]
+    assert len(rows_of(run / "test_train_tta_flip_0.5_1.0/images.csv")) == 4
+
+    _, out = start("--test_only", "--ckpt", run / "best.pth", "--crop_val")
+    assert "do not compare with those of whole pictures" in out
+    assert not json.loads((run / "test_val_crop33/card.json").read_text())["comparable"]
+    start("--test_only", "--ckpt", run / "best.pth")
+    card = json.loads((run / "test_val/card.json").read_text())
+    assert card["mean_iou"] == scores["Mean IoU"] and card["images_per_second"] > 0
+
+
+def test_a_model_of_stride_16_is_tested_at_stride_8(start, refused, tmp_path):
+    model = ("--model", "deeplabv3_resnet50")
+    start("--run_name", "a", "--total_itrs", 1, *model)
+    ckpt = tmp_path / "runs/a/best.pth"
+    plain, _ = start("--test_only", "--ckpt", ckpt, *model)
+    finer, _ = start("--test_only", "--ckpt", ckpt, "--eval_output_stride", 8, *model)
+    assert finer != plain and (tmp_path / "runs/a/test_val_os8/card.json").is_file()
+    start("--run_name", "m", "--total_itrs", 1)
+    line = refused("--test_only", "--ckpt", tmp_path / "runs/m/best.pth", "--eval_output_stride", 8)
+    assert "MobileNetV3 has 16 only" in line
+
+
+def test_class_weights_come_from_the_training_set_and_are_logged(start, refused, tmp_path):
+    _, out = start("--total_itrs", 2, "--class_weights", "inverse")
+    assert "Class weights (inverse): sky " in out
+    assert (tmp_path / "runs/deeplabv3plus_mobilenet_v3_large_folder_os16_cross_entropy_inverse").is_dir()
+    _, plain = start("--run_name", "plain", "--total_itrs", 2)
+    assert [line for line in out.splitlines() if "Loss=" in line] != [
+        line for line in plain.splitlines() if "Loss=" in line
+    ]
+    weighted = ("--class_weights", "inverse", "--loss_type", "lovasz_softmax", "--run_name", "b")
+    assert "--class_weights inverse: lovasz_softmax" in refused(*weighted)
+    assert not (tmp_path / "runs/b").exists()
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_trains(start, loss_type):
+    scores, out = start("--run_name", loss_type, "--total_itrs", 1, "--loss_type", loss_type)
+    assert scores["Mean IoU"] >= 0 and "Itrs 1/1, Loss=" in out
+
+
+@pytest.mark.parametrize("flags", [["--tta", "flip"], ["--crop_val"], ["--eval_output_stride", "8"]])
+def test_flags_of_the_test_are_refused_in_training(refused, flags):
+    assert f"{flags[0]}: is for --test_only" in refused(*flags)
 
 
 def test_test_only_takes_any_list_and_the_runs_best_by_itself(start, tmp_path):

@@ -133,7 +133,7 @@ def build_loss(
     """The criterion `(logits, target) -> scalar` of `--loss_type`; one of `LOSSES`.
 
     class_weights: float `[C]` on the device of the logits, as from `class_weights`. Raises InputError for a name or
-    value that is out of range, and for weights of lovasz_softmax.
+    value that is out of range, ValueError for weights of lovasz_softmax.
     """
     if loss_type == "cross_entropy":
         return partial(cross_entropy, weights=class_weights)
@@ -151,7 +151,7 @@ def build_loss(
         return partial(dice_cross_entropy, weights=class_weights)
     if loss_type == "lovasz_softmax":
         if class_weights is not None:
-            raise InputError("--class_weights: lovasz_softmax weighs classes alike by itself; use none")
+            raise ValueError("lovasz_softmax weighs classes alike by itself: it takes no class weights")
         return lovasz_softmax
     raise InputError(f"--loss_type {loss_type}: there are {', '.join(LOSSES)}")
 

@@ -38,6 +38,10 @@ def require_fitting(opts: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go with each other."""
     if opts.test_only and opts.continue_training:
         raise InputError("--test_only: goes without --continue_training; leave one of them out")
+    if opts.class_weights != "none" and opts.loss_type == "lovasz_softmax":
+        raise InputError(
+            f"--class_weights {opts.class_weights}: lovasz_softmax weighs classes alike by itself; use none"
+        )
     for name, default in ABOUT_THE_TEST.items():
         if getattr(opts, name) != default and not opts.test_only:
             raise InputError(f"--{name}: is for --test_only; validation in training is plain; leave it out")
