@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from datasets.files import VOID
 from datasets.loader import make_loader, open_split
 from datasets.sampler import SameSizeBatches, TrainBatches
 from datasets.stats import class_statistics
@@ -28,7 +29,7 @@ from network._deeplab import DeepLab
 from utils.card import Card, format_card, write_card
 from utils.checkpoint import TrainingState, load_model_state, require_classes
 from utils.cli import exit_codes
-from utils.engine import RunningMean, autocast, choose_amp, choose_device, evaluate, normalize, parse_tta
+from utils.engine import RunningMean, autocast, choose_amp, choose_device, compiled, evaluate, normalize, parse_tta
 from utils.errors import InputError
 from utils.loss import build_loss, class_weights
 from utils.metrics import format_class_table, format_scores, scores
@@ -124,11 +125,18 @@ def train(
     amp: torch.dtype | None,
 ) -> dict:
     """Sets training up, or takes it up again; returns the scores of its last validation."""
-    if opts.batch_size == 1:
+    part = opts.batch_size // opts.grad_accum
+    if part * opts.grad_accum != opts.batch_size:
         raise InputError(
-            "--batch_size 1: after the ASPP's global pooling, batch normalisation would have one value a channel "
-            "to take mean and deviation of; give 2 or more"
+            f"--grad_accum {opts.grad_accum}: does not divide --batch_size {opts.batch_size}; change one"
         )
+    if part == 1:
+        raise InputError(
+            f"--batch_size {opts.batch_size} --grad_accum {opts.grad_accum}: after the ASPP's global pooling, batch "
+            "normalisation would have one value a channel to take mean and deviation of; give 2 images or more a part"
+        )
+    if opts.grad_accum > 1:
+        run.log(f"Batch normalisation sees {part} images at a time, not {opts.batch_size} (--grad_accum)")
     transform = train_transform(opts.crop_size, seed=opts.random_seed)
     train_set = open_split(opts, opts.train_split, transform, run.folder / "splits")
     run.log(f"Dataset: {opts.dataset}, Train set: {len(train_set)}, Val set: {len(val_set)}")
@@ -209,6 +217,7 @@ def run_training(
     model, optimizer, device = state.model, state.optimizer, state.model.device
     itrs_per_epoch = loader.batch_sampler.itrs_per_epoch
     val_interval = opts.val_interval or itrs_per_epoch
+    forward = compiled(model, run.log) if opts.compile else model
     since_print, since_row, clock = RunningMean(), RunningMean(), time.perf_counter()
     bar = tqdm(
         loader,
@@ -223,11 +232,11 @@ def run_training(
     for images, targets in bar:
         torch.manual_seed(opts.random_seed * 1_000_003 + state.cur_itrs)  # dropout goes by (seed, iteration)
         lr = optimizer.param_groups[-1]["lr"]
-        with autocast(device, amp):
-            logits = model(normalize(images.to(device, non_blocking=True)))
-            loss = criterion(logits, targets.to(device, non_blocking=True))
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss).backward()
+        loss = accumulate(
+            opts, state.scaler, forward=forward, criterion=criterion, images=images, targets=targets, amp=amp
+        )
         state.scaler.step(optimizer)
         state.scaler.update()
         state.scheduler.step()
@@ -261,6 +270,32 @@ def run_training(
             if opts.enable_vis:
                 show_samples(vis, state, val_loader.dataset, num_samples=opts.vis_num_samples, amp=amp)
             clock = time.perf_counter()
+
+
+def accumulate(
+    opts: argparse.Namespace,
+    scaler: torch.amp.GradScaler,
+    *,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    amp: torch.dtype | None,
+) -> torch.Tensor:
+    """Adds the gradients of one step's batch in `--grad_accum` parts and returns its loss, on the device.
+
+    Each part counts by its valid pixels, so that the mean is over those of the whole step, however unevenly void is
+    shared out.
+    """
+    total, valid = torch.zeros((), device=images.device), (targets != VOID).sum().clamp_min(1)
+    for some, their in zip(images.chunk(opts.grad_accum), targets.chunk(opts.grad_accum), strict=True):
+        with autocast(images.device, amp):
+            loss = criterion(forward(normalize(some)), their)
+        if opts.grad_accum > 1:
+            loss = loss * ((their != VOID).sum() / valid)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
 
 
 def keep(opts: argparse.Namespace, run: Run, state: TrainingState, dataset: SegmentationDataset) -> None:

@@ -1,3 +1,4 @@
+import argparse
 import csv
 import json
 import math
@@ -11,7 +12,7 @@ from PIL import Image
 
 import main
 from tests.conftest import ROOT, TINY, assert_refused, run_main, write_picture
-from utils.loss import LOSSES
+from utils.loss import LOSSES, build_loss
 from utils.run import HISTORY
 
 
@@ -178,6 +179,51 @@ def test_class_weights_come_from_the_training_set_and_are_logged(start, refused,
 def test_every_loss_trains(start, loss_type):
     scores, out = start("--run_name", loss_type, "--total_itrs", 1, "--loss_type", loss_type)
     assert scores["Mean IoU"] >= 0 and "Itrs 1/1, Loss=" in out
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "focal_loss"])
+def test_a_step_in_parts_has_the_gradients_of_the_whole(loss_type):
+    """However unevenly void is shared out; without batch normalisation, which sees the parts."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 6, 7), generator=generator, dtype=torch.uint8)
+    targets = torch.randint(0, 5, (4, 6, 7), generator=generator, dtype=torch.uint8)
+    targets[0], targets[1, :4] = 255, 255
+    losses, gradients = [], []
+    for parts in (1, 2, 4):
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 5, 3, padding=1)
+        loss = main.accumulate(
+            argparse.Namespace(grad_accum=parts), torch.amp.GradScaler("cpu", enabled=False),
+            forward=model, criterion=build_loss(loss_type), images=images, targets=targets, amp=None,
+        )  # fmt: skip
+        losses.append(loss)
+        gradients.append(model.weight.grad)
+    for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(loss, losses[0])
+        torch.testing.assert_close(gradient, gradients[0])
+
+
+def test_a_step_in_parts_says_what_batch_normalisation_sees(start, refused):
+    _, out = start("--run_name", "a", "--total_itrs", 2, "--batch_size", 4, "--grad_accum", 2)
+    assert "sees 2 images at a time, not 4" in out and "Itrs 2/2" in out
+    assert "--grad_accum 3: does not divide --batch_size 4" in refused("--batch_size", 4, "--grad_accum", 3)
+    assert "give 2 images or more a part" in refused("--batch_size", 2, "--grad_accum", 2)
+
+
+def test_compile_falls_back_with_one_warning(start, monkeypatch):
+    _, plain = start("--run_name", "a", "--total_itrs", 2)
+
+    def failing(model):
+        def forward(images):
+            raise RuntimeError("no compiler\nand more")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", failing)
+    _, out = start("--run_name", "b", "--total_itrs", 2, "--compile")
+    assert out.count("--compile: fails here, training goes on without (no compiler)") == 1
+    losses = [[line for line in text.splitlines() if "Loss=" in line] for text in (plain, out)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("flags", [["--tta", "flip"], ["--crop_val"], ["--eval_output_stride", "8"]])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
 
+from utils import metrics
 from utils.errors import InputError
 from utils.metrics import BoundaryIoU, ConfusionMatrix, boundary, format_class_table, format_scores, scores
 
@@ -179,3 +180,10 @@ def test_boundary_iou_of_a_batch_is_that_of_its_pictures():
     assert 0 < together.compute()["Mean Boundary IoU"] < 1
     with pytest.raises(ValueError, match="are not"):
         together.update(targets, predictions[0])
+
+
+def test_counting_on_a_gpu_waits_for_nothing_and_counts_the_same():
+    confusion = ConfusionMatrix(21, "meta")  # a tensor that has no values cannot be waited for
+    confusion.update(*(torch.zeros(2, 5, 7, dtype=torch.uint8, device="meta") for _ in range(2)))
+    index = torch.randint(0, 5376, (10_000,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    assert (metrics._scattered_occurrences(index, 5376) == torch.bincount(index, minlength=5376)).all()

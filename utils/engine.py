@@ -47,6 +47,27 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
 
+def compiled(model: nn.Module, warn: Callable[[str], None]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`--compile`: the model's forward pass, compiled at its first call; where that fails, the plain one from then
+    on, after one call of `warn`. The weights stay the model's own."""
+    forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model)
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        nonlocal forward
+        try:
+            return forward(images)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of torch.compile, or of the compilers that it calls: of any kind
+            if forward is model:
+                raise
+            forward = model
+            warn(f"--compile: fails here, training goes on without ({(str(error).splitlines() or ['unknown'])[0]})")
+            return model(images)
+
+    return call
+
+
 @cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     # Kept per device: a copy to a GPU at every batch would wait for it.

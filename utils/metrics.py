@@ -38,7 +38,7 @@ class ConfusionMatrix:
         # 16 bits hold 256 x 127: half the bytes of the smallest type that always does.
         dtype = torch.int16 if LABELS * self.num_classes < 2**15 else torch.int32
         index = target.to(dtype).mul_(self.num_classes).add_(prediction)
-        self._counts += torch.bincount(index.flatten(), minlength=len(self._counts))[: len(self._counts)]
+        self._counts += _occurrences(index.flatten(), len(self._counts))
 
     def matrix(self) -> torch.Tensor:
         """`[C, C]` int64 on the device, rows = target, columns = prediction.
@@ -57,6 +57,19 @@ class ConfusionMatrix:
     def compute(self) -> dict:
         """The scores of `matrix()`, see `scores`."""
         return scores(self.matrix())
+
+
+def _occurrences(index: torch.Tensor, size: int) -> torch.Tensor:
+    """How often each of 0..`size` - 1 occurs in `[N]`, int64 `[size]`; what is higher counts anywhere or nowhere."""
+    if index.device.type == "cpu":
+        return torch.bincount(index, minlength=size)[:size]
+    return _scattered_occurrences(index, size)  # bincount would make the host wait, to learn the highest index
+
+
+def _scattered_occurrences(index: torch.Tensor, size: int) -> torch.Tensor:
+    ones = torch.ones(1, dtype=torch.int64, device=index.device).expand(len(index))
+    counts = torch.zeros(size, dtype=torch.int64, device=index.device)
+    return counts.scatter_add_(0, index.long().clamp_max_(size - 1), ones)
 
 
 def as_uint8(ids: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ def build_optimizer(opts: argparse.Namespace, model: DeepLab) -> tuple[SGD, lr_s
         {"params": model.backbone.parameters(), "lr": opts.lr * opts.backbone_lr_factor},
         {"params": model.classifier.parameters(), "lr": opts.lr},
     ]
-    optimizer = SGD(groups, lr=opts.lr, momentum=opts.momentum, weight_decay=opts.weight_decay)
+    fused = True if model.device.type == "cuda" else None  # one kernel for all weights
+    optimizer = SGD(groups, lr=opts.lr, momentum=opts.momentum, weight_decay=opts.weight_decay, fused=fused)
     schedules = []
     if opts.warmup_itrs:
         first = 1 / (opts.warmup_itrs + 1)

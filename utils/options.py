@@ -129,6 +129,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--total_itrs", metavar="N", type=count, default=5000, help="iterations (optimizer steps) in all")
     add("--batch_size", metavar="N", type=count, default=8, help="images a step")
+    add("--grad_accum", metavar="N", type=count, default=1, help="parts of a step's batch, where memory is small")
     add("--crop_size", metavar="N", type=count, default=513, help="pixels, of the square training crop")
     add("--num_workers", metavar="N", type=number(int, 0), default=2, help="processes that load data")
     add("--lr", metavar="X", type=ratio, default=0.01, help="learning rate of the head")
@@ -153,6 +154,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--random_seed", metavar="N", type=seed, default=1, help="of weights, order and augmentation")
     add("--device", metavar="NAME", default="auto", help="auto: cuda where there is one, otherwise cpu")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile the training step; falls back with a warning")
 
     add = parser.add_argument_group("run").add_argument
     add("--run_name", metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
