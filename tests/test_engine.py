@@ -17,6 +17,7 @@ from utils.engine import (
     normalize,
     parse_tta,
     predict,
+    predict_in_parts,
     tta_probabilities,
 )
 from utils.errors import InputError
@@ -253,3 +254,26 @@ def test_amp_is_bfloat16_where_the_device_computes_in_it(monkeypatch):
     assert choose_amp("fp16", cuda) == torch.float16
     with pytest.raises(InputError, match="--amp fp16: is for GPUs"):
         choose_amp("fp16", cpu)
+
+
+def test_a_batch_too_large_for_the_memory_is_predicted_in_parts(monkeypatch):
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    tried = []
+
+    def predict(model, images, amp=None, *, tta=None):
+        tried.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return images[:, 0]
+
+    monkeypatch.setattr("utils.engine.predict", predict)
+    assert (predict_in_parts(None, images) == images[:, 0]).all() and tried == [5, 3, 2, 1, 2]
+
+
+def test_a_picture_too_large_for_the_memory_is_named_with_its_size(monkeypatch):
+    def predict(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("utils.engine.predict", predict)
+    with pytest.raises(InputError, match="does not suffice for one picture of 8 x 9"):
+        predict_in_parts(None, torch.zeros(2, 3, 8, 9, dtype=torch.uint8))

@@ -153,6 +153,25 @@ def predict(
     return scores.max(dim=1).indices.to(torch.uint8)  # max is many times faster than argmax on the CPU
 
 
+def predict_in_parts(
+    model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None, *, tta: Tta | None = None
+) -> torch.Tensor:
+    """As `predict`, with half of the batch at a time, and half of that, where the memory does not suffice.
+
+    Raises InputError where it does not suffice for one picture.
+    """
+    try:
+        return predict(model, images, amp, tta=tta)
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            size = " x ".join(map(str, images.shape[-2:]))
+            raise InputError(
+                f"validation: the memory does not suffice for one picture of {size}; give --amp bf16 or --device cpu"
+            ) from None
+    # Out of the handler: what the failed attempt took is freed only now.
+    return torch.cat([predict_in_parts(model, part, amp, tta=tta) for part in images.chunk(2)])
+
+
 @torch.inference_mode()
 def tta_probabilities(
     model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None, *, tta: Tta
@@ -200,7 +219,7 @@ def evaluate(
     with evaluating(model):
         for done, (indices, (images, masks)) in enumerate(zip(loader.batch_sampler, bar, strict=True), 1):
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-            predictions = predict(model, images, amp, tta=tta)
+            predictions = predict_in_parts(model, images, amp, tta=tta)
             confusion.update(masks, predictions)
             if on_batch is not None:
                 on_batch(indices, images, masks, predictions)
