@@ -249,7 +249,11 @@ def test_amp_is_bfloat16_where_the_device_computes_in_it(monkeypatch):
     for supported, dtype in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=supported: found)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, found=supported: found)
-        assert choose_amp("auto", cpu) == choose_amp("auto", cuda) == dtype
+        for capability in (6, 9):  # Pascal has no tensor cores
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=capability: (major, 0))
+            assert choose_amp("auto", cpu) == choose_amp("auto", cuda) == dtype
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_amp("auto", cuda) == torch.float16
     assert choose_amp("off", cuda) is None
     assert choose_amp("fp16", cuda) == torch.float16
     with pytest.raises(InputError, match="--amp fp16: is for GPUs"):

@@ -31,10 +31,13 @@ def choose_device(name: str) -> torch.device:
 def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     """`--amp`: the dtype of autocast, None for float32.
 
-    "auto" is bfloat16 where the device computes in it by itself, and float32 elsewhere.
+    "auto" is bfloat16 where the device computes in it by itself, float16 on older GPUs with tensor cores (compute
+    capability 7), and float32 elsewhere.
     """
     if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability(device)[0] == 7 else None
     if name == "auto" and device.type == "cpu":
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         return torch.bfloat16 if has_bf16() else None
