@@ -13,12 +13,12 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.files import VOID
 from datasets.loader import make_loader, open_split
 from datasets.sampler import SameSizeBatches, TrainBatches
 from datasets.stats import class_statistics
@@ -28,11 +28,11 @@ from network import build_model
 from network._deeplab import DeepLab
 from utils.card import Card, format_card, write_card
 from utils.checkpoint import TrainingState, load_model_state, require_classes
-from utils.cli import exit_codes
-from utils.engine import RunningMean, autocast, choose_amp, choose_device, compiled, evaluate, normalize, parse_tta
+from utils.cli import Interrupted, Interruption, exit_codes
+from utils.engine import accumulate, choose_amp, choose_device, compiled, evaluate, parse_tta
 from utils.errors import InputError
 from utils.loss import build_loss, class_weights
-from utils.metrics import format_class_table, format_scores, scores
+from utils.metrics import RunningMean, format_class_table, format_scores, scores
 from utils.optimizer import build_optimizer
 from utils.options import ABOUT_THE_TEST, differences, find_run, get_parser
 from utils.plotting import prediction_strip
@@ -73,15 +73,31 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def validate(
-    opts: argparse.Namespace, run: Run, *, model: DeepLab, loader: DataLoader, amp: torch.dtype | None
+    opts: argparse.Namespace,
+    run: Run,
+    *,
+    model: DeepLab,
+    loader: DataLoader,
+    amp: torch.dtype | None,
+    interruption: Interruption | None = None,
 ) -> dict:
-    """Scores a model on the whole of a loader's split, prints the scores and writes them to the run's folder."""
+    """Scores a model on the whole of a loader's split, prints the scores and writes them to the run's folder.
+
+    Raises Interrupted between two batches.
+    """
     dataset = loader.dataset
     writer = ResultWriter(run.folder / "results", dataset) if opts.save_val_results else None
     card = Card(dataset.ids, dataset.num_classes, model.device, also=writer) if opts.test_only else None
     run.log("validation...")
+
+    def on_batch(*batch: object) -> None:
+        if interruption is not None:
+            interruption.check()
+        if (look := card or writer) is not None:
+            look(*batch)
+
     tta = parse_tta(opts.tta) if opts.tta else None
-    confusion = evaluate(model, loader, num_classes=dataset.num_classes, amp=amp, tta=tta, on_batch=card or writer)
+    confusion = evaluate(model, loader, num_classes=dataset.num_classes, amp=amp, tta=tta, on_batch=on_batch)
     matrix = confusion.matrix()
     if not matrix.any():
         raise InputError(f"--val_split {opts.val_split}: not one of its pixels is labelled; use another list")
@@ -147,7 +163,7 @@ def train(
     if checkpoint and opts.continue_training:
         state.restore(checkpoint)
         run.log(f"Training state restored from {opts.ckpt}")
-        if state.cur_itrs >= opts.total_itrs:
+        if state.cur_itrs >= opts.total_itrs and not state.validation_due:
             run.log(f"finished: {state.cur_itrs} iterations are done, --total_itrs is {opts.total_itrs}")
             run.log("\n".join([*format_scores(state.scores), *format_class_table(state.scores, val_set.class_names)]))
             return report(run, state)
@@ -168,16 +184,35 @@ def train(
     vis = build_visualizer(opts.enable_vis, port=opts.vis_port, env=opts.vis_env, warn=run.log)
     vis.table("options", [(name, str(value)) for name, value in vars(opts).items()], header=("option", "value"))
     show_history(vis, run.history())
-    try:
-        run_training(
-            opts, run, state=state, criterion=criterion, loader=loader, val_loader=val_loader, amp=amp, vis=vis
-        )
-    except InputError:
-        run.discard_unless_validated()
-        raise
-    finally:
-        vis.close()
+    with Interruption(run.log) as interruption:
+        job = Job(opts, run, state, loader, val_loader, amp=amp, vis=vis, interruption=interruption)
+        try:
+            run_training(job, criterion)
+        except Interrupted:
+            save(job, "latest.pth")
+            run.log(f"interrupted at iteration {state.cur_itrs}: the same command with --continue_training goes on")
+            raise SystemExit(128 + interruption.signal) from None
+        except InputError:
+            run.discard_unless_validated()
+            raise
+        finally:
+            vis.close()
     return report(run, state)
+
+
+@dataclass
+class Job:
+    """What the parts of a training share."""
+
+    opts: argparse.Namespace
+    run: Run
+    state: TrainingState
+    loader: DataLoader
+    val_loader: DataLoader
+    _: KW_ONLY
+    amp: torch.dtype | None
+    vis: Visualizer | SilentVisualizer
+    interruption: Interruption
 
 
 def choose_criterion(
@@ -202,25 +237,16 @@ def choose_criterion(
     )
 
 
-def run_training(
-    opts: argparse.Namespace,
-    run: Run,
-    *,
-    state: TrainingState,
-    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    loader: DataLoader,
-    val_loader: DataLoader,
-    amp: torch.dtype | None,
-    vis: Visualizer | SilentVisualizer,
-) -> None:
-    """The training loop, from `state.cur_itrs` to `--total_itrs`."""
+def run_training(job: Job, criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """The training loop, from `state.cur_itrs` to `--total_itrs`. Raises Interrupted between two iterations."""
+    opts, run, state, vis = job.opts, job.run, job.state, job.vis
     model, optimizer, device = state.model, state.optimizer, state.model.device
-    itrs_per_epoch = loader.batch_sampler.itrs_per_epoch
+    itrs_per_epoch = job.loader.batch_sampler.itrs_per_epoch
     val_interval = opts.val_interval or itrs_per_epoch
     forward = compiled(model, run.log) if opts.compile else model
-    since_print, since_row, clock = RunningMean(), RunningMean(), time.perf_counter()
+    since_print, clock = RunningMean(), time.perf_counter()
     bar = tqdm(
-        loader,
+        job.loader,
         desc="training",
         initial=state.cur_itrs,
         total=opts.total_itrs,
@@ -229,88 +255,81 @@ def run_training(
         disable=None,
     )
     model.train()
+    if state.validation_due:  # it was interrupted
+        validate_and_keep(job, clock)
     for images, targets in bar:
+        job.interruption.check()
         torch.manual_seed(opts.random_seed * 1_000_003 + state.cur_itrs)  # dropout goes by (seed, iteration)
-        lr = optimizer.param_groups[-1]["lr"]
+        state.lr = optimizer.param_groups[-1]["lr"]
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
-        loss = accumulate(
-            opts, state.scaler, forward=forward, criterion=criterion, images=images, targets=targets, amp=amp
-        )
+        how = {"scaler": state.scaler, "amp": job.amp, "parts": opts.grad_accum}
+        loss = accumulate(forward, criterion, images=images, targets=targets, **how)
         state.scaler.step(optimizer)
         state.scaler.update()
         state.scheduler.step()
         state.cur_itrs += 1
         since_print.add(loss)
-        since_row.add(loss)
+        state.losses.add(loss)
 
-        epoch = (state.cur_itrs - 1) // itrs_per_epoch + 1
+        state.epoch = (state.cur_itrs - 1) // itrs_per_epoch + 1
         if state.cur_itrs % opts.print_interval == 0 or state.cur_itrs == opts.total_itrs:
-            mean, speed = finite(since_print.pop(), state.cur_itrs), (bar.format_dict["rate"] or 0) * opts.batch_size
-            bar.set_postfix_str(f"loss={mean:.4f}, lr={lr:.2e}, {speed:.1f} images/s")
-            run.log(f"Epoch {epoch}, Itrs {state.cur_itrs}/{opts.total_itrs}, Loss={mean:.6f}")
+            require_finite(job, since_print)
+            mean, speed = since_print.pop(), (bar.format_dict["rate"] or 0) * opts.batch_size
+            bar.set_postfix_str(f"loss={mean:.4f}, lr={state.lr:.2e}, {speed:.1f} images/s")
+            run.log(f"Epoch {state.epoch}, Itrs {state.cur_itrs}/{opts.total_itrs}, Loss={mean:.6f}")
             vis.curve("loss", state.cur_itrs, mean, name="training")
-            vis.curve("learning rate", state.cur_itrs, lr, name="head")
+            vis.curve("learning rate", state.cur_itrs, state.lr, name="head")
         if state.cur_itrs % val_interval == 0 or state.cur_itrs == opts.total_itrs:
-            loss = finite(since_row.pop(), state.cur_itrs)  # waits for the device: the clock is read after it
-            trained = time.perf_counter()
-            state.scores = validate(opts, run, model=model, loader=val_loader, amp=amp)
-            run.add_history(
-                state.scores,
-                epoch=epoch,
-                itr=state.cur_itrs,
-                loss=loss,
-                lr=lr,
-                train_seconds=trained - clock,
-                val_seconds=time.perf_counter() - trained,
-                peak_memory_mb=peak_memory_mb(device),
-            )
-            keep(opts, run, state, val_loader.dataset)
-            show_history(vis, run.history()[-1:])
-            if opts.enable_vis:
-                show_samples(vis, state, val_loader.dataset, num_samples=opts.vis_num_samples, amp=amp)
+            state.validation_due = True
+            validate_and_keep(job, clock)
             clock = time.perf_counter()
 
 
-def accumulate(
-    opts: argparse.Namespace,
-    scaler: torch.amp.GradScaler,
-    *,
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    images: torch.Tensor,
-    targets: torch.Tensor,
-    amp: torch.dtype | None,
-) -> torch.Tensor:
-    """Adds the gradients of one step's batch in `--grad_accum` parts and returns its loss, on the device.
+def validate_and_keep(job: Job, clock: float) -> None:
+    """Validates, adds a row to the history and saves. `clock`: when the training of the row began."""
+    opts, run, state = job.opts, job.run, job.state
+    require_finite(job, state.losses)  # waits for the device: the clock is read after it
+    trained = time.perf_counter()
+    state.scores = validate(
+        opts, run, model=state.model, loader=job.val_loader, amp=job.amp, interruption=job.interruption
+    )
+    run.add_history(
+        state.scores,
+        epoch=state.epoch,
+        itr=state.cur_itrs,
+        loss=state.losses.pop(),
+        lr=state.lr,
+        train_seconds=trained - clock,
+        val_seconds=time.perf_counter() - trained,
+        peak_memory_mb=peak_memory_mb(state.model.device),
+    )
+    state.validation_due = False
+    keep(job)
+    show_history(job.vis, run.history()[-1:])
+    if opts.enable_vis:
+        show_samples(job)
 
-    Each part counts by its valid pixels, so that the mean is over those of the whole step, however unevenly void is
-    shared out.
-    """
-    total, valid = torch.zeros((), device=images.device), (targets != VOID).sum().clamp_min(1)
-    for some, their in zip(images.chunk(opts.grad_accum), targets.chunk(opts.grad_accum), strict=True):
-        with autocast(images.device, amp):
-            loss = criterion(forward(normalize(some)), their)
-        if opts.grad_accum > 1:
-            loss = loss * ((their != VOID).sum() / valid)
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
 
-
-def keep(opts: argparse.Namespace, run: Run, state: TrainingState, dataset: SegmentationDataset) -> None:
+def keep(job: Job) -> None:
     """Saves `best.pth` where the mIoU is the best so far, and `latest.pth` after each validation.
 
     In that order: a kill between the two would otherwise lose the best model.
     """
-    names = ["latest.pth"]
+    state = job.state
     if state.scores["Mean IoU"] > state.best_score:
         state.best_score, state.best_itr = state.scores["Mean IoU"], state.cur_itrs
-        run.log(f"new best mIoU: {state.best_score:.6f}")
-        names = ["best.pth", "latest.pth"]
-    for name in names:
-        state.save(run.folder / name, opts=opts, dataset=dataset)
-        run.log(f"Model saved as {run.folder / name}")
+        job.run.log(f"new best mIoU: {state.best_score:.6f}")
+        save(job, "best.pth")
+    save(job, "latest.pth")
+
+
+def save(job: Job, name: str) -> None:
+    """Saves the state of training in the run's folder. Raises InputError for weights that are not finite."""
+    require_finite(job, job.state.losses)
+    path = job.run.folder / name
+    job.state.save(path, opts=job.opts, dataset=job.val_loader.dataset)
+    job.run.log(f"Model saved as {path}")
 
 
 def show_history(vis: Visualizer | SilentVisualizer, rows: list[dict[str, float]]) -> None:
@@ -321,18 +340,14 @@ def show_history(vis: Visualizer | SilentVisualizer, rows: list[dict[str, float]
     vis.curve("loss", itrs, [row["loss"] for row in rows], name="mean since the last validation")
 
 
-def show_samples(
-    vis: Visualizer | SilentVisualizer,
-    state: TrainingState,
-    dataset: SegmentationDataset,
-    *,
-    num_samples: int,
-    amp: torch.dtype | None,
-) -> None:
+def show_samples(job: Job) -> None:
     """Sends IoU per class, and strips of image | truth | prediction, to the dashboard."""
-    vis.table("class IoU", zip(dataset.class_names, state.scores["Class IoU"], strict=True), header=("class", "IoU"))
-    ids = dataset.ids[:num_samples]
-    vis.images("sample", [prediction_strip(state.model, dataset, index, amp) for index in range(len(ids))], ids)
+    state, dataset = job.state, job.val_loader.dataset
+    rows = zip(dataset.class_names, state.scores["Class IoU"], strict=True)
+    job.vis.table("class IoU", rows, header=("class", "IoU"))
+    ids = dataset.ids[: job.opts.vis_num_samples]
+    strips = [prediction_strip(state.model, dataset, index, job.amp) for index in range(len(ids))]
+    job.vis.images("sample", strips, ids)
 
 
 def report(run: Run, state: TrainingState) -> dict:
@@ -342,13 +357,17 @@ def report(run: Run, state: TrainingState) -> dict:
     return state.scores
 
 
-def finite(loss: float, itr: int) -> float:
-    """Raises InputError for a loss that training cannot come back from, before such weights are saved."""
-    if not math.isfinite(loss):
+def require_finite(job: Job, losses: RunningMean) -> None:
+    """Raises InputError, naming the images, for losses that training cannot come back from."""
+    if losses.count and not math.isfinite(losses.mean()):
+        last, dataset = job.state.cur_itrs, job.loader.dataset
+        batches = job.loader.batch_sampler.between(last - losses.count, last)
+        ids = dict.fromkeys(dataset.ids[index] for batch in batches for _, index in batch)
+        some = ", ".join(list(ids)[:50]) + (f" and {len(ids) - 50} more" if len(ids) > 50 else "")
         raise InputError(
-            f"the loss is {loss} at iteration {itr}: lower --lr, warm up (--warmup_itrs), or give --amp off"
+            f"the loss is not finite in iterations {last - losses.count + 1} to {last}: lower --lr, warm up "
+            f"(--warmup_itrs), or give --amp off; or look at their images: {some}"
         )
-    return loss
 
 
 if __name__ == "__main__":

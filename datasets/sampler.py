@@ -31,8 +31,12 @@ class TrainBatches(Sampler):
         return max(0, self.total_itrs - self.start_itr)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.between(self.start_itr, self.total_itrs)
+
+    def between(self, done: int, last: int) -> Iterator[list[tuple[int, int]]]:
+        """The batches of iterations `done` + 1 to `last`."""
         order_epoch = -1
-        for itr in range(self.start_itr, self.total_itrs):
+        for itr in range(done, last):
             epoch, step = divmod(itr, self.itrs_per_epoch)
             if epoch != order_epoch:
                 rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))

@@ -8,27 +8,26 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from network.atrous import AtrousConv2d
+
 
 def upsample(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
     """Bilinear to a size, so that odd inputs come back at their own. `[B, C, h, w]` to `[B, C, *size]`."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, *, dilation: int = 1) -> list[nn.Module]:
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
     """A convolution that keeps height and width, batch normalisation and ReLU."""
-    padding = dilation * (kernel_size // 2)
-    return [
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    ]
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
 class ASPPConv(nn.Sequential):
     """One atrous branch: a 3x3 convolution at the given rate. `[B, F, h, w]` to `[B, out_channels, h, w]`."""
 
     def __init__(self, in_channels: int, out_channels: int, atrous_rate: int) -> None:
-        super().__init__(*conv_bn_relu(in_channels, out_channels, 3, dilation=atrous_rate))
+        conv = AtrousConv2d(in_channels, out_channels, atrous_rate, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class ASPPPooling(nn.Sequential):

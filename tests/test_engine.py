@@ -7,8 +7,8 @@ from datasets import build_dataset
 from datasets.sampler import SameSizeBatches
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from network import build_model
+from network.fold import folded
 from utils.engine import (
-    RunningMean,
     Tta,
     autocast,
     choose_amp,
@@ -21,6 +21,7 @@ from utils.engine import (
     tta_probabilities,
 )
 from utils.errors import InputError
+from utils.metrics import RunningMean
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +219,9 @@ def test_tta_of_a_constant_model_is_its_constant():
 def test_evaluation_with_tta_scores_the_predictions_with_tta(folder, model):
     seen, tta = [], parse_tta("flip,0.5")
     confusion = evaluate(model, loader(folder, 2), num_classes=4, tta=tta, on_batch=lambda *batch: seen.append(batch))
-    model.eval()
+    fold = folded(model)
     for _, images, _, predictions in seen:
-        assert torch.equal(predictions, predict(model, images, tta=tta))
+        assert torch.equal(predictions, predict(fold, images, tta=tta))
     assert not torch.equal(confusion.matrix(), evaluate(model, loader(folder, 2), num_classes=4).matrix())
 
 

@@ -1,4 +1,3 @@
-import argparse
 import csv
 import json
 import math
@@ -12,6 +11,7 @@ from PIL import Image
 
 import main
 from tests.conftest import ROOT, TINY, assert_refused, run_main, write_picture
+from utils.engine import accumulate
 from utils.loss import LOSSES, build_loss
 from utils.run import HISTORY
 
@@ -192,9 +192,9 @@ def test_a_step_in_parts_has_the_gradients_of_the_whole(loss_type):
     for parts in (1, 2, 4):
         torch.manual_seed(0)
         model = torch.nn.Conv2d(3, 5, 3, padding=1)
-        loss = main.accumulate(
-            argparse.Namespace(grad_accum=parts), torch.amp.GradScaler("cpu", enabled=False),
-            forward=model, criterion=build_loss(loss_type), images=images, targets=targets, amp=None,
+        loss = accumulate(
+            model, build_loss(loss_type), images=images, targets=targets,
+            scaler=torch.amp.GradScaler("cpu", enabled=False), amp=None, parts=parts,
         )  # fmt: skip
         losses.append(loss)
         gradients.append(model.weight.grad)
@@ -321,7 +321,7 @@ def test_interrupt_exits_with_130(start, monkeypatch, capsys):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "normalize", interrupt)
+    monkeypatch.setattr(main, "accumulate", interrupt)
     with pytest.raises(SystemExit) as stop:
         start("--total_itrs", 2)
     assert stop.value.code == 130 and "Traceback" not in capsys.readouterr().err

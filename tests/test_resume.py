@@ -1,10 +1,16 @@
 import csv
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 import main
-from tests.conftest import TINY
+from datasets.transforms import TrainTransform
+from tests.conftest import ROOT, TINY
 
 
 @pytest.fixture
@@ -74,6 +80,101 @@ def test_run_that_stopped_at_a_validation_goes_on_bit_for_bit(start, tmp_path, m
         whole, halves = (torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "halves"))
         for key in ("model_state", "optimizer_state", "cur_itrs", "best_score", "best_itr", "scores"):
             assert same(whole[key], halves[key]), key
+
+
+def signal_at(monkeypatch, name, call, number):
+    """Sends the process a signal in the middle of that call of `main.<name>`."""
+    function, calls = getattr(main, name), []
+
+    def wrapper(*arguments, **keywords):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*arguments, **keywords)
+
+    monkeypatch.setattr(main, name, wrapper)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "number", "policy", "workers"),
+    [
+        ("accumulate", 1, signal.SIGTERM, "step", 0),
+        ("accumulate", 2, signal.SIGINT, "poly", 1),
+        ("accumulate", 5, signal.SIGTERM, "poly", 0),
+        ("accumulate", 6, signal.SIGTERM, "step", 1),  # a validation follows
+        ("evaluate", 1, signal.SIGTERM, "step", 0),
+        ("evaluate", 2, signal.SIGINT, "poly", 1),
+        ("evaluate", 3, signal.SIGTERM, "poly", 0),  # the last one
+    ],
+)
+def test_a_signal_anywhere_saves_and_the_run_goes_on_bit_for_bit(
+    start, tmp_path, monkeypatch, capsys, name, call, number, policy, workers
+):
+    flags = f"--total_itrs 7 --val_interval 3 --lr_policy {policy} --step_size 2 --num_workers {workers}".split()
+    scores, _ = start("whole", *flags)
+    with monkeypatch.context() as patch:
+        signal_at(patch, name, call, number)
+        with pytest.raises(SystemExit) as stop:
+            start("halves", *flags)
+    assert stop.value.code == 128 + number
+    out = capsys.readouterr().out
+    assert f"{signal.Signals(number).name}: saving" in out and "with --continue_training goes on" in out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    again, out = start("halves", *flags, "--continue_training")
+    assert same(again, scores) and history(tmp_path / "halves") == history(tmp_path / "whole")
+    for file in ("latest.pth", "best.pth"):
+        whole, halves = (torch.load(tmp_path / run / file, weights_only=True) for run in ("whole", "halves"))
+        for key in ("model_state", "optimizer_state", "cur_itrs", "best_score", "best_itr", "scores", "progress"):
+            assert same(whole[key], halves[key]), key
+
+
+def test_a_signal_before_the_first_iteration_saves_iteration_0(start, tmp_path, monkeypatch, capsys):
+    signal_at(monkeypatch, "run_training", 1, signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        start("a", "--total_itrs", 2)
+    assert stop.value.code == 143 and "interrupted at iteration 0" in capsys.readouterr().out
+    assert torch.load(tmp_path / "a/latest.pth", weights_only=True)["cur_itrs"] == 0
+
+
+def test_a_resume_in_the_middle_of_an_epoch_decodes_no_picture_again(start, monkeypatch, capsys):
+    flags = ["--total_itrs", 4, "--val_interval", 4]  # two iterations an epoch
+    with monkeypatch.context() as patch:
+        signal_at(patch, "accumulate", 3, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            start("a", *flags)
+    read, transform = [], TrainTransform.__call__
+
+    def spy(self, image, mask, *, epoch, index):
+        read.append((epoch, index))
+        return transform(self, image, mask, epoch=epoch, index=index)
+
+    monkeypatch.setattr(TrainTransform, "__call__", spy)
+    start("a", *flags, "--continue_training")
+    assert len(read) == 2 and {epoch for epoch, _ in read} == {1}  # the last of the four batches
+
+
+def test_a_second_signal_ends_at_once(folder, tmp_path):
+    script = f"""
+import os, signal, time
+import main
+def slow(*_, **__):
+    print("training", flush=True)
+    time.sleep(60)
+main.accumulate = slow
+main.main({["--dataset", "folder", "--data_root", str(folder), "--run_dir", str(tmp_path), *TINY]!r})
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if line == "training\n":
+            break
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None  # the iteration is being finished
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == -signal.SIGTERM
+    process.stdout.close()
 
 
 def test_a_worse_model_after_a_resume_does_not_replace_the_best(start, tmp_path):

@@ -4,6 +4,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from datasets.loader import collate
 from datasets.transforms import MEAN_COLOUR, crop_val_transform, eval_transform, train_transform
 from utils.errors import InputError
 
@@ -24,6 +25,17 @@ def test_training_sample_is_a_uint8_crop_of_the_asked_size(size, crop_size):
         image, mask = transform(*sample(*size), index=index)
         assert image.shape == (3, crop_size, crop_size) and image.dtype == torch.uint8
         assert mask.shape == (crop_size, crop_size) and mask.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("size", [(60, 80), (200, 33)])
+def test_pixels_stay_channels_last_in_memory(size):
+    transform = train_transform(64)
+    samples = [transform(*sample(*size), index=index) for index in range(20)]
+    assert all(image.permute(1, 2, 0).is_contiguous() and mask.is_contiguous() for image, mask in samples)
+    images, masks = collate(samples)
+    assert images.is_contiguous(memory_format=torch.channels_last) and masks.is_contiguous()
+    assert torch.equal(images, torch.stack([image for image, _ in samples]))
+    assert torch.equal(masks, torch.stack([mask for _, mask in samples]))
 
 
 def test_invented_pixels_are_void_in_the_mask_and_mean_colour_in_the_picture():

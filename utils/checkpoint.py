@@ -4,7 +4,7 @@ import argparse
 import os
 import pickle
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,9 +13,10 @@ from torch import nn
 from datasets.voc import SegmentationDataset
 from utils.atomic import replacing
 from utils.errors import InputError
+from utils.metrics import RunningMean
 
 KEYS = {"model_state", "optimizer_state", "scheduler_state", "scaler_state", "cur_itrs", "best_score"}
-KEYS |= {"best_itr", "scores", "options", "class_names", "palette"}
+KEYS |= {"best_itr", "scores", "progress", "options", "class_names", "palette"}
 
 
 @dataclass
@@ -30,6 +31,10 @@ class TrainingState:
     best_score: float = -1.0  # below any mIoU: the first one is the best so far
     best_itr: int = 0
     scores: dict | None = None  # of the last validation
+    losses: RunningMean = field(default_factory=RunningMean)  # since the last validation
+    epoch: int = 1
+    lr: float = 0.0  # the head's, of the last iteration
+    validation_due: bool = False  # the last iteration's validation was begun and not finished
 
     def save(self, path: Path, *, opts: argparse.Namespace, dataset: SegmentationDataset) -> None:
         """Call it after both the optimizer's and the scheduler's step, and after the best score is settled."""
@@ -42,6 +47,13 @@ class TrainingState:
             "best_score": self.best_score,
             "best_itr": self.best_itr,
             "scores": self.scores,
+            "progress": {
+                "loss_sum": float(self.losses.total),
+                "loss_count": self.losses.count,
+                "epoch": self.epoch,
+                "lr": self.lr,
+                "validation_due": self.validation_due,
+            },
             "options": vars(opts),
             "class_names": dataset.class_names,
             "palette": dataset.palette.tolist(),
@@ -64,6 +76,10 @@ class TrainingState:
             self.scaler.load_state_dict(checkpoint["scaler_state"])
         self.cur_itrs, self.scores = checkpoint["cur_itrs"], checkpoint["scores"]
         self.best_score, self.best_itr = checkpoint["best_score"], checkpoint["best_itr"]
+        progress = checkpoint["progress"]
+        self.losses.total = torch.tensor(progress["loss_sum"], device=self.model.device)
+        self.losses.count, self.epoch = progress["loss_count"], progress["epoch"]
+        self.lr, self.validation_due = progress["lr"], progress["validation_due"]
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:

@@ -2,9 +2,12 @@
 
 import argparse
 import functools
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Self
 
 from utils.errors import InputError
 
@@ -53,3 +56,38 @@ def exit_codes(main: Callable) -> Callable:
             raise SystemExit(130) from None
 
     return wrapper
+
+
+class Interrupted(Exception):
+    """A signal asks to stop, and this is a place to do so."""
+
+
+class Interruption:
+    """Inside, the first SIGTERM or SIGINT is noted, for the work to be left in order; a second one ends the process.
+
+    `signal` is its number, None before.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self.signal: int | None = None
+        self._warn = warn
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raises Interrupted after a signal."""
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            self._warn(f"{name}: saving; once more ends at once, without")
+            raise Interrupted

@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from datasets.files import VOID
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from network._deeplab import DeepLab
+from network.fold import folded
 from utils.errors import InputError
 from utils.metrics import ConfusionMatrix
 
@@ -85,22 +87,31 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return (images.contiguous(memory_format=torch.channels_last) - mean).div_(std)
 
 
-class RunningMean:
-    """Mean of scalars that stay on the device until it is asked for."""
+def accumulate(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    *,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    scaler: torch.amp.GradScaler,
+    amp: torch.dtype | None,
+    parts: int,
+) -> torch.Tensor:
+    """Adds the gradients of one step's batch, uint8 `[B, 3, H, W]` and `[B, H, W]`, to those that are there, in
+    `parts` pieces for want of memory; returns the loss of the step, on the device.
 
-    def __init__(self) -> None:
-        self.total: torch.Tensor | float = 0.0
-        self.count = 0
-
-    def add(self, value: torch.Tensor) -> None:
-        self.total = self.total + value.detach()
-        self.count += 1
-
-    def pop(self) -> float:
-        """The mean since the last call; NaN if there was nothing. Waits for the device."""
-        mean = float(self.total) / self.count if self.count else float("nan")
-        self.total, self.count = 0.0, 0
-        return mean
+    Each piece counts by its valid pixels, so that the mean is over those of the whole step, however unevenly void is
+    shared out.
+    """
+    total, valid = torch.zeros((), device=images.device), (targets != VOID).sum().clamp_min(1)
+    for some, their in zip(images.chunk(parts), targets.chunk(parts), strict=True):
+        with autocast(images.device, amp):
+            loss = criterion(forward(normalize(some)), their)
+        if parts > 1:
+            loss = loss * ((their != VOID).sum() / valid)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
 
 
 @contextlib.contextmanager
@@ -217,6 +228,7 @@ def evaluate(
     RGB `[B, 3, H, W]`, and uint8 class ids `[B, H, W]` twice, all on the model's device.
     """
     device = model.device
+    model = folded(model) if device.type == "cpu" else model  # on GPUs not measured
     confusion = ConfusionMatrix(num_classes, device)
     bar = tqdm(loader, desc="validation", unit="batch", leave=False, dynamic_ncols=True, disable=None)
     with evaluating(model):

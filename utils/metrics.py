@@ -190,3 +190,25 @@ class BoundaryIoU:
         both, target, prediction = self._counts.double().cpu()
         class_iou = both / (target + prediction - both)  # 0 / 0 = NaN: in neither
         return {"Mean Boundary IoU": class_iou.nanmean().item(), "Class Boundary IoU": class_iou.tolist()}
+
+
+class RunningMean:
+    """Mean of scalars that stay on the device until it is asked for."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, value: torch.Tensor) -> None:
+        self.total = self.total + value.detach()
+        self.count += 1
+
+    def mean(self) -> float:
+        """NaN if there was nothing. Waits for the device."""
+        return float(self.total) / self.count if self.count else float("nan")
+
+    def pop(self) -> float:
+        """The mean since the last call, as `mean`."""
+        mean = self.mean()
+        self.total, self.count = 0.0, 0
+        return mean

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from datasets.files import FULL_SCALE, UNREADABLE, read_image
 from network import build_model
 from network._deeplab import DeepLab
+from network.fold import folded
 from utils.atomic import replacing
 from utils.checkpoint import load_checkpoint, load_model_state
 from utils.engine import autocast, evaluating, normalize, predict
@@ -60,6 +61,7 @@ def load_model(path: str | Path, device: torch.device) -> TrainedModel:
     model = build_model(options["model"], num_classes=len(class_names), output_stride=stride)
     load_model_state(model, checkpoint, str(path))
     model = model.to(device, memory_format=torch.channels_last).eval()
+    model = folded(model) if device.type == "cpu" else model  # as in `engine.evaluate`
     return TrainedModel(model, class_names, np.array(checkpoint["palette"], np.uint8), options)
 
 

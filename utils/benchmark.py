@@ -1,0 +1,514 @@
+"""Speed and memory against the plain way of doing the same: one command, one table.
+
+    python -m utils.benchmark                                            # on the GPU where there is one
+    python -m utils.benchmark --device cuda --compile --json speed.json  # torch.compile too, and the rows as a file
+    python -m utils.benchmark --parts loader,predict --repeats 15
+    python -m utils.benchmark --scaling                                  # cost as the work grows: utils/scaling.py
+
+Ours and the reference take turns after a warm-up, and each figure is the median of its turns. The references are what
+one writes with PIL, torchvision and torch alone: whole pictures scaled, float32, NCHW, no autocast, one picture at a
+time. The data are generated in a temporary folder, of VOC's sizes.
+"""
+
+import argparse
+import gc
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import functional as F
+
+from datasets import build_dataset
+from datasets.files import VOID
+from datasets.loader import make_loader
+from datasets.sampler import SameSizeBatches, TrainBatches
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, MEAN_COLOUR, eval_transform, train_transform
+from datasets.voc import VOC_CLASSES, voc_colormap
+from network import MODELS, build_model
+from utils.checkpoint import KEYS, save_checkpoint
+from utils.cli import Parser, exit_codes, number
+from utils.engine import accumulate, choose_amp, choose_device, compiled, evaluate, normalize
+from utils.errors import InputError
+from utils.loss import build_loss
+from utils.metrics import ConfusionMatrix
+from utils.optimizer import build_optimizer
+from utils.options import get_parser
+from utils.prediction import load_model, predict_picture
+from utils.run import device_name, peak_memory_mb, write_text
+
+PICTURE = (375, 500)  # height and width of most pictures of VOC
+DISTINCT = 64  # generated pictures that differ
+NUM_CLASSES = len(VOC_CLASSES)
+MATRIX = 4096  # side of the matrices whose product gives the device's rate
+FED_STEPS = 20  # of training from the loader
+Measurement = Callable[[], float]  # takes one, in seconds per image or step
+
+
+class Part(NamedTuple):
+    """Two ways to do one thing: each sets up and returns its measurement."""
+
+    ours: Callable[[], Measurement]
+    reference: Callable[[], Measurement]
+    unit: str = "ms/image"
+    images: int = 1  # in what the unit counts
+
+
+@cache
+def _picture_files(seed: int, size: tuple[int, int]) -> tuple[bytes, bytes]:
+    """A JPEG with detail at all scales and noise, as photographs have, and a palette PNG of a few regions."""
+    rng = np.random.default_rng(seed)
+    canvas = 128 + rng.normal(0, 6, (*size, 3))
+    for cells, weight in ((2, 90), (6, 52), (20, 29), (60, 17)):  # coarse structure is the strongest
+        canvas += weight * (_smooth(rng.integers(0, 256, (cells, cells, 3), np.uint8), size) / 128 - 1)
+    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    field = _smooth(rng.integers(0, 256, (4, 4), np.uint8), size)  # [H, W]
+    classes = rng.integers(1, NUM_CLASSES, 4).repeat(2) * [0, 0, 1, 1, 0, 0, 1, 1]  # half is background
+    mask = Image.fromarray(np.where(field % 64 < 2, VOID, classes[field // 32]).astype(np.uint8))
+    mask.putpalette(voc_colormap().tobytes())
+    files = io.BytesIO(), io.BytesIO()
+    picture.save(files[0], "JPEG", quality=90)
+    mask.save(files[1], "PNG")
+    return files[0].getvalue(), files[1].getvalue()
+
+
+def _smooth(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(grid).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def write_pictures(folder: Path, count: int, *, num_val: int, size: tuple[int, int]) -> Path:
+    """`count` pictures in VOC layout, all in `train` and the first `num_val` in `val`; returns the folder."""
+    ids = [f"{index:06d}" for index in range(count)]
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for index, id in enumerate(ids):
+        paths = folder / "JPEGImages" / f"{id}.jpg", folder / "SegmentationClass" / f"{id}.png"
+        for path, content in zip(paths, _picture_files(index % DISTINCT, size), strict=True):
+            path.write_bytes(content)
+    for split, chosen in {"train": ids, "val": ids[:num_val]}.items():
+        (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(chosen))
+    (folder / "class_names.txt").write_text("\n".join(VOC_CLASSES))
+    return folder
+
+
+class PlainDataset(Dataset):
+    """The usual pipeline: the whole picture is scaled, padded, cropped, flipped, and made float32 one by one."""
+
+    def __init__(self, images: list[Path], masks: list[Path], crop_size: int | None) -> None:
+        self.images, self.masks, self.crop_size = images, masks, crop_size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, mask = Image.open(self.images[index]).convert("RGB"), Image.open(self.masks[index])
+        if self.crop_size:
+            image, mask = self._augment(image, mask, self.crop_size)
+        image = F.normalize(F.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)  # [3, H, W]
+        return image, torch.from_numpy(np.array(mask))  # [H, W]
+
+    def _augment(self, image: Image.Image, mask: Image.Image, crop_size: int) -> tuple[Image.Image, Image.Image]:
+        scale = float(torch.empty(1).uniform_(0.5, 2.0))
+        size = [round(side * scale) for side in (image.height, image.width)]
+        image, mask = F.resize(image, size), F.resize(mask, size, F.InterpolationMode.NEAREST)
+        padding = [0, 0, max(0, crop_size - size[1]), max(0, crop_size - size[0])]
+        image, mask = F.pad(image, padding, tuple(MEAN_COLOUR)), F.pad(mask, padding, VOID)
+        top, left = (int(torch.randint(side - crop_size + 1, ())) for side in (image.height, image.width))
+        image, mask = (F.crop(picture, top, left, crop_size, crop_size) for picture in (image, mask))
+        return (F.hflip(image), F.hflip(mask)) if torch.rand(()) < 0.5 else (image, mask)
+
+
+def plain_confusion(target: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    """The usual confusion matrix `[C, C]` of two label maps."""
+    valid = (target >= 0) & (target < num_classes)
+    index = num_classes * target[valid].astype(int) + prediction[valid]
+    return np.bincount(index, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def plain_model(opts: argparse.Namespace, state: dict | None = None) -> nn.Module:
+    """The same architecture and weights out of torch's own layers alone, float32, NCHW, in evaluation mode."""
+    model = build_model(opts.model, num_classes=NUM_CLASSES, output_stride=opts.output_stride)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.__class__ = nn.Conv2d  # a faster kind has the same attributes
+    if state is not None:
+        model.load_state_dict(state)
+    return model.to(opts.device).eval()
+
+
+def our_model(opts: argparse.Namespace) -> nn.Module:
+    """The model as main.py has it, with seeded random weights, in evaluation mode."""
+    torch.manual_seed(1)
+    model = build_model(opts.model, num_classes=NUM_CLASSES, output_stride=opts.output_stride)
+    return model.to(opts.device, memory_format=torch.channels_last).eval()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], object], device: torch.device, *, calls: int = 1, images: int = 1) -> Measurement:
+    def measurement() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - start) / calls / images
+
+    return measurement
+
+
+def timed_loader(loader: DataLoader, device: torch.device, use: Callable = lambda images, masks: None) -> Measurement:
+    """Seconds per image of a loader whose batches go through `use`, its workers' first ones not counted: by then
+    they have started."""
+
+    def measurement() -> float:
+        arrivals = [time.perf_counter()]
+        for images, masks in loader:
+            use(images, masks)
+            arrivals.append(time.perf_counter())
+        synchronize(device)
+        done = (len(loader) - loader.num_workers) * len(images)
+        return (time.perf_counter() - arrivals[loader.num_workers]) / done
+
+    return measurement
+
+
+def train_loader(opts: argparse.Namespace, *, batch_size: int, batches: int, workers: int) -> DataLoader:
+    """The loader of main.py."""
+    dataset = build_dataset("folder", opts.folder, "train", train_transform(opts.crop_size))
+    sampler = TrainBatches(len(dataset), batch_size=batch_size, seed=1, total_itrs=batches)
+    return make_loader(dataset, sampler, num_workers=workers, device=opts.device)
+
+
+def plain_loader(opts: argparse.Namespace, *, batches: int, workers: int) -> DataLoader:
+    split = build_dataset("folder", opts.folder, "train")
+    dataset = PlainDataset(split.images, split.masks, opts.crop_size)
+    sampler = RandomSampler(dataset, num_samples=batches * opts.batch_size)
+    pin = opts.device.type == "cuda"
+    return DataLoader(
+        dataset, opts.batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin
+    )
+
+
+def loader(opts: argparse.Namespace, *, workers: int = 0, normalized: bool = False) -> Part:
+    """Training batches from files: uint8, or, like the reference's, float32."""
+    size = {"batches": 4 + 4 * workers, "workers": workers}
+    use = {"use": lambda images, masks: normalize(images)} if normalized else {}
+    return Part(
+        lambda: timed_loader(train_loader(opts, batch_size=opts.batch_size, **size), opts.device, **use),
+        lambda: timed_loader(plain_loader(opts, **size), opts.device),
+    )
+
+
+def confusion_matrix(opts: argparse.Namespace) -> Part:
+    dataset = build_dataset("folder", opts.folder, "train")
+    target = dataset.mask(0).to(opts.device)[None]  # [1, H, W]
+    prediction = target.roll((3, 5), (1, 2)).where(target.roll((3, 5), (1, 2)) != VOID, 0)
+    ours, total = ConfusionMatrix(NUM_CLASSES, opts.device), np.zeros((NUM_CLASSES, NUM_CLASSES), int)
+
+    def reference() -> None:
+        nonlocal total
+        total += plain_confusion(target.cpu().numpy(), prediction.cpu().numpy(), NUM_CLASSES)
+
+    return Part(
+        lambda: timed(lambda: ours.update(target, prediction), opts.device, calls=20),
+        lambda: timed(reference, opts.device, calls=20),
+    )
+
+
+def training_step(opts: argparse.Namespace, amp: torch.dtype | None, *, compile: bool = False) -> Callable:
+    """`step(images, targets)`, uint8 both, as in main.py's loop."""
+    model = our_model(opts).train()
+    forward = compiled(model, print) if compile else model
+    optimizer, scheduler = build_optimizer(get_parser().parse_args([]), model)
+    scaler = torch.amp.GradScaler(opts.device.type, enabled=amp is torch.float16)
+    how = {"scaler": scaler, "amp": amp, "parts": 1}
+    criterion = build_loss("cross_entropy")
+
+    def step(images: torch.Tensor, targets: torch.Tensor) -> None:
+        images, targets = (tensor.to(opts.device, non_blocking=True) for tensor in (images, targets))
+        optimizer.zero_grad(set_to_none=True)
+        accumulate(forward, criterion, images=images, targets=targets, **how)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+
+    return step
+
+
+def resident_batch(opts: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    generator, (batch, side) = torch.Generator().manual_seed(1), (opts.step_batch_size, opts.step_crop_size)
+    images = torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
+    targets = torch.randint(0, NUM_CLASSES, (batch, side, side), generator=generator, dtype=torch.uint8)
+    return images.to(opts.device), targets.to(opts.device)
+
+
+def train_step(opts: argparse.Namespace, *, amp: torch.dtype | None, compile: bool = False) -> Part:
+    """A step on a batch that is on the device; the reference's is float32 there already."""
+    images, targets = resident_batch(opts)
+    calls = 10 if opts.device.type == "cuda" else 1  # a GPU runs behind: the wait at the end must not count
+
+    def reference() -> Measurement:
+        model, criterion = plain_model(opts).train(), nn.CrossEntropyLoss(ignore_index=VOID)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        inputs, labels = normalize(images).contiguous(), targets.long()
+
+        def step() -> None:
+            loss = criterion(model(inputs), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return timed(step, opts.device, calls=calls)
+
+    def ours() -> Measurement:
+        return timed(partial(training_step(opts, amp, compile=compile), images, targets), opts.device, calls=calls)
+
+    return Part(ours, reference, "ms/step", len(images))
+
+
+def train_from_loader(opts: argparse.Namespace) -> Part:
+    """Training as it is against the same steps on one resident batch: the ratio is the share of the time that the
+    device computes."""
+    opts = argparse.Namespace(**vars(opts) | {"crop_size": opts.step_crop_size})
+    batches, size = FED_STEPS, opts.step_batch_size
+
+    def ours() -> Measurement:
+        source = train_loader(opts, batch_size=size, batches=batches, workers=opts.num_workers)
+        return timed_loader(source, opts.device, training_step(opts, opts.amp))
+
+    def reference() -> Measurement:
+        step = partial(training_step(opts, opts.amp), *resident_batch(opts))
+        return timed(step, opts.device, calls=batches, images=size)
+
+    return Part(ours, reference)
+
+
+@torch.no_grad()
+def plain_predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Class ids `[B, H, W]` on the CPU, of normalised float32 `[B, 3, H, W]`."""
+    return model(images).argmax(1).cpu()
+
+
+def validation(opts: argparse.Namespace) -> Part:
+    """From the files to the confusion matrix, at native size."""
+    dataset = build_dataset("folder", opts.folder, "val", eval_transform())
+    workers = opts.num_workers if opts.device.type == "cuda" else 0  # on the CPU they would only take turns
+
+    def ours() -> Measurement:
+        batches = SameSizeBatches(dataset.sizes(), get_parser().get_default("val_batch_size"))
+        source, model = make_loader(dataset, batches, num_workers=workers, device=opts.device), our_model(opts)
+        call = partial(evaluate, model, source, num_classes=NUM_CLASSES, amp=opts.amp)
+        return timed(call, opts.device, images=len(dataset))
+
+    def reference() -> Measurement:
+        plain = PlainDataset(dataset.images, dataset.masks, None)
+        source = DataLoader(plain, batch_size=1, num_workers=workers, persistent_workers=workers > 0)
+        model, total = plain_model(opts), np.zeros((NUM_CLASSES, NUM_CLASSES), int)
+
+        def call() -> None:
+            nonlocal total
+            for image, mask in source:
+                prediction = plain_predict(model, image.to(opts.device)).numpy()
+                total += plain_confusion(mask.numpy(), prediction, NUM_CLASSES)
+
+        return timed(call, opts.device, images=len(dataset))
+
+    return Part(ours, reference)
+
+
+def predict(opts: argparse.Namespace) -> Part:
+    """One picture, uint8 on the CPU, to its class ids there, by a model that is loaded from its checkpoint."""
+    image = torch.randint(0, 256, (3, opts.crop_size, opts.crop_size), dtype=torch.uint8)
+    trained = trained_model(opts)
+
+    def reference() -> Measurement:
+        model = plain_model(opts)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return timed(lambda: plain_predict(model, ((image / 255 - mean) / std)[None].to(opts.device)), opts.device)
+
+    return Part(lambda: timed(lambda: predict_picture(trained, image, amp=opts.amp), opts.device), reference)
+
+
+def trained_model(opts: argparse.Namespace) -> nn.Module:
+    """A model that `prediction.load_model` has read back."""
+    path = opts.folder / "model.pth"
+    options = {"model": opts.model, "output_stride": opts.output_stride}
+    content = {"model_state": our_model(opts).state_dict(), "options": options}
+    content |= {"class_names": VOC_CLASSES, "palette": voc_colormap().tolist()}
+    save_checkpoint(path, dict.fromkeys(KEYS) | content)
+    return load_model(path, opts.device).model
+
+
+PARTS = {  # by size: on the CPU the memory of a part is the process's peak up to then
+    "confusion_matrix": confusion_matrix,
+    "loader": loader,
+    "loader_like_for_like": partial(loader, normalized=True),
+    "loader_2_workers": partial(loader, workers=2),
+    "predict": predict,
+    "validation": validation,
+    "train_step": lambda opts: train_step(opts, amp=opts.amp),
+    "train_step_float32": lambda opts: train_step(opts, amp=None),
+    "train_step_compiled": lambda opts: train_step(opts, amp=opts.amp, compile=True),
+    "train_from_loader": train_from_loader,
+}
+ON_CUDA = ("train_step_float32", "train_from_loader")  # unless --parts says otherwise
+
+
+def cuda_peaks(set_up: Callable[[], Measurement], device: torch.device) -> tuple[float, float]:
+    """The most memory allocated and reserved, in MB, by one side that has the device to itself."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    measurement = set_up()
+    for _ in range(2):  # the first step makes the optimizer's state
+        measurement()
+    return peak_memory_mb(device), torch.cuda.max_memory_reserved(device) / 2**20
+
+
+def measure(name: str, part: Part, *, device: torch.device, repeats: int) -> dict:
+    """The row of a part: milliseconds, `ratio` = how many times faster ours is, and its peak memory."""
+    sides, memory = {"ours": part.ours, "reference": part.reference}, {}
+    if device.type == "cuda":
+        for side, set_up in sides.items():
+            allocated, reserved = cuda_peaks(set_up, device)
+            prefix = "" if side == "ours" else "reference_"
+            memory |= {f"{prefix}peak_memory_mb": allocated, f"{prefix}reserved_memory_mb": reserved}
+    measurements = {side: set_up() for side, set_up in sides.items()}
+    turns = [{side: take() for side, take in measurements.items()} for _ in range(1 + repeats)][1:]
+    ms = {side: 1e3 * statistics.median(turn[side] for turn in turns) for side in sides}
+    memory = memory or {"peak_memory_mb": peak_memory_mb(device)}
+    row = {"part": name, "unit": part.unit, **ms, "ratio": ms["reference"] / ms["ours"], **memory}
+    scale = part.images / 1e-3 if part.unit == "ms/step" else 1e3
+    return row | {"images_per_s": scale / ms["ours"], "reference_images_per_s": scale / ms["reference"]}
+
+
+def floors(opts: argparse.Namespace) -> dict[str, float]:
+    """What no code gets below, in the units of the parts: reading the files, and the network's floating-point
+    operations at the rate of a large matrix product in the same dtype."""
+    split, start = build_dataset("folder", opts.folder, "train"), time.perf_counter()
+    for path in [*split.images, *split.masks]:
+        with Image.open(path) as picture:
+            picture.load()
+    read = 1e3 * (time.perf_counter() - start) / len(split)
+    square = torch.randn(MATRIX, MATRIX, device=opts.device).to(opts.amp or torch.float32)
+    product = timed(lambda: square @ square, opts.device)
+    seconds = min(product() for _ in range(6))
+    flops_per_ms = 2 * MATRIX**3 / seconds / 1e3
+    print(
+        f"Floors: decoding JPEG and PNG {read:.2f} ms an image; {flops_per_ms / 1e6:,.0f} GFLOP/s in a product of "
+        f"{str(square.dtype).removeprefix('torch.')} matrices of {MATRIX}, so for a forward pass of {opts.model}"
+    )
+    picture, crop, step = PICTURE, (opts.crop_size,) * 2, (opts.step_crop_size,) * 2
+    least = {}
+    for height, width in {picture, crop, step}:
+        count = forward_flops(opts, height, width)
+        least[height, width] = count / flops_per_ms
+        print(f"    {width}x{height}: {count / 1e9:.0f} GFLOP, {least[height, width]:.1f} ms at least")
+    training = 3 * opts.step_batch_size * least[step]  # backward: two products for each of the forward pass
+    steps = dict.fromkeys(("train_step", "train_step_compiled"), training)
+    loaders = {"loader": read, "loader_like_for_like": read, "loader_2_workers": read / 2}
+    return steps | loaders | {"predict": least[crop], "validation": read + least[picture]}
+
+
+def forward_flops(opts: argparse.Namespace, height: int, width: int) -> int:
+    """Of one picture; a multiplication and an addition are two."""
+    with torch.device("meta"):  # nothing is computed
+        model = build_model(opts.model, num_classes=NUM_CLASSES, output_stride=opts.output_stride).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, 3, height, width))
+    return counter.get_total_flops()
+
+
+def format_table(rows: list[dict]) -> list[str]:
+    memory = "MB" if any("reserved_memory_mb" in row for row in rows) else "MB so far"  # of the process, on the CPU
+    heads = ["part", "unit", "ours", "reference", "ratio", "floor", "images/s", "reference", memory]
+    table = [heads]
+    for row in rows:
+        times = [f"{row[side]:.2f}" for side in ("ours", "reference")]
+        floor = f"{row['floor']:.2f}" if row["floor"] else "-"
+        speeds = [f"{row[side]:.1f}" for side in ("images_per_s", "reference_images_per_s")]
+        ratio, memory = f"{row['ratio']:.2f}x", f"{row['peak_memory_mb']:.0f}"
+        table.append([row["part"], row["unit"], *times, ratio, floor, *speeds, memory])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in table]
+
+
+@exit_codes
+def main(argv: list[str] | None = None) -> None:
+    """The command line above."""
+    opts = parse(argv)
+    print(
+        f"Device: {device_name(opts.device)}, {str(opts.amp or torch.float32).removeprefix('torch.')}, {opts.model}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        if opts.scaling:
+            from utils.scaling import print_tables  # here, for it imports this module
+
+            return print_tables(opts, Path(folder))
+        num_val = DISTINCT if opts.device.type == "cuda" else 8
+        opts.folder = write_pictures(Path(folder), DISTINCT, num_val=num_val, size=PICTURE)
+        rows = []
+        for name in opts.parts:
+            print(f"{name} ...", flush=True)
+            rows.append(measure(name, PARTS[name](opts), device=opts.device, repeats=opts.repeats))
+        least = floors(opts)
+    rows = [row | {"floor": least.get(row["part"])} for row in rows]
+    print("\n".join(format_table(rows)))
+    if opts.json:
+        write_text(opts.json, json.dumps(rows, indent=1) + "\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, with device, amp and sizes settled. Raises InputError for what cannot be measured here."""
+    parser = Parser(prog="python -m utils.benchmark", description="Speed and memory against plain references.")
+    add, count = parser.add_argument, number(int, 1)
+    add("--device", default="auto", metavar="NAME", help="auto: cuda where there is one, otherwise cpu")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision of ours")
+    add("--json", type=Path, metavar="FILE", help="write the rows there too")
+    add("--parts", metavar="LIST", help=f"of {','.join(PARTS)} (default: what fits the device)")
+    add("--repeats", type=count, default=7, metavar="N", help="turns of ours and the reference")
+    add("--model", choices=MODELS, default="deeplabv3plus_resnet50", metavar="NAME", help="as in main.py")
+    add("--output_stride", type=int, choices=[16, 8], default=16, help="as in main.py")
+    add("--crop_size", type=count, default=513, metavar="N", help="of the loader; pixels a side of predict")
+    add("--batch_size", type=number(int, 1, DISTINCT), default=16, metavar="N", help="of the loader")
+    add("--step_crop_size", type=count, metavar="N", help="of train_step (default: 513, on the CPU 257)")
+    add("--step_batch_size", type=number(int, 2, DISTINCT), metavar="N", help="likewise (default: 8, on the CPU 2)")
+    add("--num_workers", type=number(int, 0), default=2, metavar="N", help="of validation and training on a GPU")
+    add("--compile", action="store_true", help="train_step with torch.compile as well")
+    add("--scaling", action="store_true", help="tables of the cost as the work grows, instead")
+    opts = parser.parse_args(argv)
+    opts.device = choose_device(opts.device)
+    opts.amp = choose_amp(opts.amp, opts.device)
+    on_cpu = opts.device.type == "cpu"
+    opts.step_crop_size = opts.step_crop_size or (257 if on_cpu else 513)
+    opts.step_batch_size = opts.step_batch_size or (2 if on_cpu else 8)
+    if opts.parts:
+        opts.parts = opts.parts.split(",")
+        if unknown := [name for name in opts.parts if name not in PARTS]:
+            raise InputError(f"--parts {unknown[0]}: there are {', '.join(PARTS)}")
+    else:
+        left_out = {"train_step_compiled"} - ({"train_step_compiled"} if opts.compile else set())
+        left_out |= set(ON_CUDA) if on_cpu else set()
+        opts.parts = [name for name in PARTS if name not in left_out]
+    if opts.json and not opts.json.parent.is_dir():
+        raise InputError(f"--json {opts.json}: there is no folder {opts.json.parent}; make it, or give another")
+    return opts
+
+
+if __name__ == "__main__":
+    main()
