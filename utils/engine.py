@@ -76,15 +76,16 @@ def compiled(model: nn.Module, warn: Callable[[str], None]) -> Callable[[torch.T
 @cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     # Kept per device: a copy to a GPU at every batch would wait for it.
-    mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
-    return mean.view(3, 1, 1) * 255, std.view(3, 1, 1) * 255
+    return torch.tensor(IMAGENET_MEAN, device=device) * 255, torch.tensor(IMAGENET_STD, device=device) * 255
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 RGB `[B, 3, H, W]` to float32 with ImageNet's mean 0 and deviation 1, on the same device, in
     channels-last order, which convolutions prefer."""
-    mean, std = _statistics(images.device)
-    return (images.contiguous(memory_format=torch.channels_last) - mean).div_(std)
+    mean, std = (value.repeat(images.shape[-1]) for value in _statistics(images.device))  # [3 W]
+    # By whole rows, for the CPU: three channels are too few to compute with at a time, which costs it twice the time.
+    rows = images.permute(0, 2, 3, 1).flatten(2).float()  # [B, H, 3 W]
+    return rows.sub_(mean).div_(std).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)  # [B, 3, H, W]
 
 
 def accumulate(

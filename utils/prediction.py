@@ -180,15 +180,24 @@ def _predict_tiles(
 
 
 def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """(start, stop) of tiles that cover 0..size evenly: each begins on the grid and shares at least `overlap`
-    pixels with the next; all are of the tile's size rounded down to the grid, the last up to 15 pixels less."""
+    """(start, stop) of as few tiles as cover 0..size, and no larger than they need be: each begins on the grid and
+    shares at least `overlap` pixels with the next; all are of one size, on the grid too, the last up to 15 pixels
+    less."""
     if size <= tile:
         return [(0, size)]
     tile -= tile % GRID
-    last = -(-(size - tile) // GRID)  # the last start; like the steps to it in units of the grid
-    steps = -(-last // ((tile - overlap) // GRID))
+    while tile - GRID >= MIN_TILE and _steps(size, tile - GRID, overlap) == _steps(size, tile, overlap):
+        tile -= GRID
+    last, steps = -(-(size - tile) // GRID), _steps(size, tile, overlap)
     starts = [last * i // steps * GRID for i in range(steps + 1)]
     return [(start, min(start + tile, size)) for start in starts]
+
+
+def _steps(size: int, tile: int, overlap: int) -> int:
+    """How many tiles follow the first, all beginning on the grid."""
+    last = -(-(size - tile) // GRID)  # the last start; like the steps to it in units of the grid
+    step = (tile - overlap) // GRID
+    return -(-last // step) if step else size
 
 
 def _weights(start: int, stop: int, size: int, *, device: torch.device) -> torch.Tensor:
