@@ -46,7 +46,7 @@ def make_loader(
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach all processes of a job; the parent ends its workers once it has saved."""
+    """A terminal and a scheduler signal all processes of a job; the parent ends its workers once it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
