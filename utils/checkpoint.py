@@ -16,7 +16,7 @@ from utils.errors import InputError
 from utils.metrics import RunningMean
 
 KEYS = {"model_state", "optimizer_state", "scheduler_state", "scaler_state", "cur_itrs", "best_score"}
-KEYS |= {"best_itr", "scores", "progress", "options", "class_names", "palette"}
+KEYS |= {"best_itr", "scores", "options", "class_names", "palette"}
 
 
 @dataclass
@@ -76,10 +76,10 @@ class TrainingState:
             self.scaler.load_state_dict(checkpoint["scaler_state"])
         self.cur_itrs, self.scores = checkpoint["cur_itrs"], checkpoint["scores"]
         self.best_score, self.best_itr = checkpoint["best_score"], checkpoint["best_itr"]
-        progress = checkpoint["progress"]
-        self.losses.total = torch.tensor(progress["loss_sum"], device=self.model.device)
-        self.losses.count, self.epoch = progress["loss_count"], progress["epoch"]
-        self.lr, self.validation_due = progress["lr"], progress["validation_due"]
+        if progress := checkpoint.get("progress"):  # older ones were saved right after a validation
+            self.losses.total = torch.tensor(progress["loss_sum"], device=self.model.device)
+            self.losses.count, self.epoch = progress["loss_count"], progress["epoch"]
+            self.lr, self.validation_due = progress["lr"], progress["validation_due"]
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
