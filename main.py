@@ -31,7 +31,7 @@ from utils.checkpoint import TrainingState, load_model_state, require_classes
 from utils.cli import Interrupted, Interruption, exit_codes
 from utils.engine import accumulate, choose_amp, choose_device, compiled, evaluate, parse_tta
 from utils.errors import InputError
-from utils.loss import build_loss, class_weights
+from utils.loss import ADDITIVE_LOSSES, build_loss, class_weights
 from utils.metrics import RunningMean, format_class_table, format_scores, scores
 from utils.optimizer import build_optimizer
 from utils.options import ABOUT_THE_TEST, differences, find_run, get_parser
@@ -100,7 +100,8 @@ def validate(
     confusion = evaluate(model, loader, num_classes=dataset.num_classes, amp=amp, tta=tta, on_batch=on_batch)
     matrix = confusion.matrix()
     if not matrix.any():
-        raise InputError(f"--val_split {opts.val_split}: not one of its pixels is labelled; use another list")
+        flag = f"--crop_size {opts.crop_size}" if opts.crop_val else f"--val_split {opts.val_split}"
+        raise InputError(f"{flag}: not one of the pixels to score is labelled; give another")
     result, figures = scores(matrix), card.compute() if card else {}
     run.log("\n".join(format_scores(result)))
     run.log("\n".join(format_class_table(result, dataset.class_names, figures.get("class_boundary_iou"))))
@@ -125,9 +126,10 @@ def test(
     batches = SameSizeBatches(sizes, opts.val_batch_size)
     loader = make_loader(test_set, batches, num_workers=opts.num_workers, device=model.device)
     run.start(vars(opts), model.device)
-    run.keep_splits({opts.val_split: test_set})
-    result = validate(opts, run, model=model, loader=loader, amp=amp)
-    run.log(f"Scores saved in {run.folder}")
+    with run.writing():
+        run.keep_splits({opts.val_split: test_set})
+        result = validate(opts, run, model=model, loader=loader, amp=amp)
+        run.log(f"Scores saved in {run.folder}")
     return result
 
 
@@ -153,21 +155,25 @@ def train(
         )
     if opts.grad_accum > 1:
         run.log(f"Batch normalisation sees {part} images at a time, not {opts.batch_size} (--grad_accum)")
+        if opts.loss_type not in ADDITIVE_LOSSES:
+            run.log(f"{opts.loss_type} is of {part} images at a time too; the step has the mean of these losses")
     transform = train_transform(opts.crop_size, seed=opts.random_seed)
     train_set = open_split(opts, opts.train_split, transform, run.folder / "splits")
     run.log(f"Dataset: {opts.dataset}, Train set: {len(train_set)}, Val set: {len(val_set)}")
-    criterion = choose_criterion(opts, run, train_set=train_set, device=model.device)
-    optimizer, scheduler = build_optimizer(opts, model)
     scaler = torch.amp.GradScaler(model.device.type, enabled=amp is torch.float16)
+    optimizer, scheduler = build_optimizer(opts, model, scaled=scaler.is_enabled())
     state = TrainingState(model, optimizer, scheduler, scaler)
     if checkpoint and opts.continue_training:
         state.restore(checkpoint)
         run.log(f"Training state restored from {opts.ckpt}")
-        if state.cur_itrs >= opts.total_itrs and not state.validation_due:
+        if state.cur_itrs >= opts.total_itrs and state.losses.count:  # trained on since its last validation
+            state.validation_due = True
+        elif state.cur_itrs >= opts.total_itrs:
             run.log(f"finished: {state.cur_itrs} iterations are done, --total_itrs is {opts.total_itrs}")
             run.log("\n".join([*format_scores(state.scores), *format_class_table(state.scores, val_set.class_names)]))
             return report(run, state)
 
+    criterion = choose_criterion(opts, run, train_set=train_set, device=model.device)
     batches = TrainBatches(
         len(train_set),
         batch_size=opts.batch_size,
@@ -179,12 +185,13 @@ def train(
     loader = make_loader(train_set, batches, num_workers=opts.num_workers, device=model.device)
     val_loader = make_loader(val_set, val_batches, num_workers=opts.num_workers, device=model.device)
     run.start(vars(opts), model.device)
-    run.go_on_from(state.cur_itrs)
-    run.keep_splits({opts.train_split: train_set, opts.val_split: val_set})
+    with run.writing():
+        run.go_on_from(state.cur_itrs)
+        run.keep_splits({opts.train_split: train_set, opts.val_split: val_set})
     vis = build_visualizer(opts.enable_vis, port=opts.vis_port, env=opts.vis_env, warn=run.log)
     vis.table("options", [(name, str(value)) for name, value in vars(opts).items()], header=("option", "value"))
     show_history(vis, run.history())
-    with Interruption(run.log) as interruption:
+    with run.writing(), Interruption(run.log) as interruption:
         job = Job(opts, run, state, loader, val_loader, amp=amp, vis=vis, interruption=interruption)
         try:
             run_training(job, criterion)
@@ -197,7 +204,7 @@ def train(
             raise
         finally:
             vis.close()
-    return report(run, state)
+        return report(run, state)
 
 
 @dataclass
@@ -314,7 +321,8 @@ def validate_and_keep(job: Job, clock: float) -> None:
 def keep(job: Job) -> None:
     """Saves `best.pth` where the mIoU is the best so far, and `latest.pth` after each validation.
 
-    In that order: a kill between the two would otherwise lose the best model.
+    In that order: a kill between the two would otherwise lose the best model. The `latest.pth` that was there
+    stays as `latest.prev.pth`.
     """
     state = job.state
     if state.scores["Mean IoU"] > state.best_score:
@@ -328,7 +336,7 @@ def save(job: Job, name: str) -> None:
     """Saves the state of training in the run's folder. Raises InputError for weights that are not finite."""
     require_finite(job, job.state.losses)
     path = job.run.folder / name
-    job.state.save(path, opts=job.opts, dataset=job.val_loader.dataset)
+    job.state.save(path, opts=job.opts, dataset=job.val_loader.dataset, keep_previous=name == "latest.pth")
     job.run.log(f"Model saved as {path}")
 
 

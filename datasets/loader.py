@@ -1,8 +1,13 @@
 """From the command line's data flags to an open split, and from a split to batches."""
 
 import argparse
+import atexit
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
@@ -33,22 +38,25 @@ def make_loader(
 ) -> DataLoader:
     """Batches of uint8 pictures `[B, 3, h, w]`, channels last in memory, and masks `[B, h, w]`, as the sampler
     `batches` composes them."""
+    leaving = multiprocessing.Event()
+    atexit.register(leaving.set)  # before multiprocessing's own, which ends the workers that are left
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=partial(_leave_signals_to_the_parent, leaving),
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # of its own: it must not move the one that dropout draws from
     )
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
-    """A terminal and a scheduler signal all processes of a job; the parent ends its workers once it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_signals_to_the_parent(leaving: Event, _: int) -> None:
+    """A terminal and a scheduler signal all processes of a job; the parent ends its workers once it has saved, and
+    at its exit, for which it then waits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.is_set() else None)
 
 
 def collate(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:

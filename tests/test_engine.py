@@ -247,6 +247,7 @@ def test_device_that_is_not_there_is_refused():
 
 def test_amp_is_bfloat16_where_the_device_computes_in_it(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "any")
     for supported, dtype in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=supported: found)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, found=supported: found)
@@ -254,7 +255,9 @@ def test_amp_is_bfloat16_where_the_device_computes_in_it(monkeypatch):
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=capability: (major, 0))
             assert choose_amp("auto", cpu) == choose_amp("auto", cuda) == dtype
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose_amp("auto", cuda) == torch.float16
+    for name, dtype in (("Tesla T4", torch.float16), ("NVIDIA GeForce GTX 1660", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert choose_amp("auto", cuda) == dtype
     assert choose_amp("off", cuda) is None
     assert choose_amp("fp16", cuda) == torch.float16
     with pytest.raises(InputError, match="--amp fp16: is for GPUs"):

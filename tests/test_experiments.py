@@ -1,8 +1,10 @@
 import csv
 import json
 import math
+import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -90,7 +92,7 @@ def test_a_list_becomes_runs_in_order_with_shared_flags_first(make_list):
 def test_runs_go_once_go_on_where_they_stopped_and_end_in_a_table(make_list, folder, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = f"--dataset folder --data_root {folder} --total_itrs 2 {' '.join(TINY)}"
-    path = make_list("wrong: --no_such_flag 3", "small: --random_seed 1,2", shared=flags)
+    path = make_list("wrong: --data_root no_such_folder", "small: --random_seed 1,2", shared=flags)
     with pytest.raises(SystemExit) as stop:  # a text: Python prints it on stderr and exits with 1
         experiments.main([str(path), "--test_split", "val", "--classes", "car"])
     assert stop.value.code.startswith("experiments.py: error: failed: wrong_s1 (exit code 2);")
@@ -151,11 +153,14 @@ def commands(monkeypatch):
     """The command lines that would have run; each ends with the exit code that `codes` holds for it, or 0."""
     asked, codes = [], {}
 
-    def run(command, **_):
-        asked.append(get_parser().parse_args(command[2:]))
-        return subprocess.CompletedProcess(command, codes.get(len(asked), 0))
+    class Process:
+        def __init__(self, command, **_):
+            asked.append(get_parser().parse_args(command[2:]))
 
-    monkeypatch.setattr(experiments.subprocess, "run", run)
+        def wait(self):
+            return codes.get(len(asked), 0)
+
+    monkeypatch.setattr(experiments.subprocess, "Popen", Process)
     return asked, codes
 
 
@@ -165,6 +170,34 @@ def test_an_interrupt_stops_the_list(make_list, commands, code, exits):
     with pytest.raises(SystemExit) as stop:
         experiments.main([str(make_list("a:", "b:", "c:")), "--test_split", "none"])
     assert stop.value.code == exits and [opts.run_name for opts in commands[0]] == ["a_s1", "b_s1"]
+
+
+@pytest.mark.parametrize("to_the_group", [True, False])
+def test_a_run_may_save_before_the_list_ends(make_list, folder, tmp_path, to_the_group):
+    shared = f"--dataset folder --data_root {folder} {' '.join(TINY)}"
+    path = make_list("a: --total_itrs 100000 --val_interval 100000", shared=shared)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "utils.experiments", str(path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    next(line for line in process.stdout if "Itrs 2/" in line)
+    (os.killpg if to_the_group else os.kill)(process.pid, signal.SIGTERM)
+    rest = process.stdout.read()
+    assert process.wait(20) == 143 and "with --continue_training goes on" in rest
+    assert (tmp_path / "runs/a_s1/latest.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [("--lr", "--lr"), ("--total_itrs 0", "--total_itrs"), ("--tta flip", "--tta")]
+)
+def test_flags_that_main_refuses_are_refused_before_any_run(make_list, commands, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        experiments.main([str(make_list("a:", f"b: {flags}"))])
+    assert stop.value.code == 2 and commands[0] == []
+    assert "line" in (error := capsys.readouterr().err) and words in error
 
 
 def test_a_run_killed_for_memory_does_not_stop_the_list(make_list, commands, tmp_path):

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import main
 from tests.conftest import ROOT, TINY, assert_refused, run_main, write_picture
 from utils.engine import accumulate
 from utils.loss import LOSSES, build_loss
+from utils.options import folder_of_test, get_parser
 from utils.run import HISTORY
 
 
@@ -60,6 +62,7 @@ def test_a_run_leaves_its_files_and_says_what_the_field_knows(start, tmp_path):
         "confusion_matrix.csv",
         "curves.png",
         "latest.pth",
+        "latest.prev.pth",
         "best.pth",
     }
     for line in (
@@ -136,11 +139,11 @@ def test_the_card_says_what_one_miou_does_not(start, tmp_path):
     run = tmp_path / "runs" / "a"
     _, out = start("--test_only", "--ckpt", run / "best.pth", "--tta", "flip,0.5,1.0", "--val_split", "train")
     assert "boundary IoU" in out and "images of lowest mIoU" in out and "(bootstrap over 4 images)" in out
-    card = json.loads((run / "test_train_tta_flip_0.5_1.0/card.json").read_text())
+    card = json.loads((run / "test_train_tta_flip_0.5_1/card.json").read_text())
     assert card["ckpt"] == str(run / "best.pth") and card["tta"] == "flip,0.5,1.0" and card["comparable"]
     assert card["bootstrap"][0] <= card["mean_iou"] <= card["bootstrap"][1]
     assert [row["class"] for row in card["classes"]] == ["sky", "road", "tree", "car"]
-    assert len(rows_of(run / "test_train_tta_flip_0.5_1.0/images.csv")) == 4
+    assert len(rows_of(run / "test_train_tta_flip_0.5_1/images.csv")) == 4
 
     _, out = start("--test_only", "--ckpt", run / "best.pth", "--crop_val")
     assert "do not compare with those of whole pictures" in out
@@ -177,8 +180,10 @@ def test_class_weights_come_from_the_training_set_and_are_logged(start, refused,
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_trains(start, loss_type):
-    scores, out = start("--run_name", loss_type, "--total_itrs", 1, "--loss_type", loss_type)
-    assert scores["Mean IoU"] >= 0 and "Itrs 1/1, Loss=" in out
+    _, out = start("--run_name", loss_type, "--total_itrs", 1, "--loss_type", loss_type)
+    _, plain = start("--run_name", "plain", "--total_itrs", 1)
+    losses = [re.search(r"Itrs 1/1, Loss=([0-9.]+)", text)[1] for text in (out, plain)]
+    assert (losses[0] == losses[1]) == (loss_type == "cross_entropy") and float(losses[0]) > 0
 
 
 @pytest.mark.parametrize("loss_type", ["cross_entropy", "focal_loss"])
@@ -207,6 +212,10 @@ def test_a_step_in_parts_says_what_batch_normalisation_sees(start, refused):
     _, out = start("--run_name", "a", "--total_itrs", 2, "--batch_size", 4, "--grad_accum", 2)
     assert "sees 2 images at a time, not 4" in out and "Itrs 2/2" in out
     assert "--grad_accum 3: does not divide --batch_size 4" in refused("--batch_size", 4, "--grad_accum", 3)
+    _, out = start(
+        "--run_name", "b", "--total_itrs", 1, "--grad_accum", 2, "--batch_size", 4, "--loss_type", "lovasz_softmax"
+    )
+    assert "lovasz_softmax is of 2 images at a time too" in out
     assert "give 2 images or more a part" in refused("--batch_size", 2, "--grad_accum", 2)
 
 
@@ -224,6 +233,53 @@ def test_compile_falls_back_with_one_warning(start, monkeypatch):
     assert out.count("--compile: fails here, training goes on without (no compiler)") == 1
     losses = [[line for line in text.splitlines() if "Loss=" in line] for text in (plain, out)]
     assert losses[0] == losses[1]
+
+
+def test_compiled_training_gives_what_plain_training_gives(start, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend="eager"))  # needs no C++ compiler
+    runs = [start("--run_name", name, "--total_itrs", 2, *flags) for name, flags in (("a", []), ("b", ["--compile"]))]
+    losses = [[line for line in out.splitlines() if "Loss=" in line] for _, out in runs]
+    assert losses[0] == losses[1] and "--compile: fails" not in runs[1][1]
+
+
+@pytest.mark.parametrize("text", ["flip,mirror", "0", "flip,flip"])
+def test_other_tta_is_refused_with_its_item(refused, text):
+    assert f"--tta: {text}: " in (line := refused("--test_only", "--tta", text)) and "_tta" not in line
+
+
+def test_one_way_to_test_has_one_folder():
+    folders = {folder_of_test(get_parser().parse_args(["--tta", text])) for text in ("flip,0.5,1.0", "1, 0.50,flip")}
+    assert folders == {"test_val_tta_flip_0.5_1"}
+
+
+@pytest.mark.parametrize("damage", ["", "raise"])
+def test_a_failing_run_with_workers_exits(folder, tmp_path, damage):
+    """Its workers, which leave signals to it, must not keep it."""
+    data = [
+        "--dataset",
+        "folder",
+        "--data_root",
+        str(folder),
+        "--run_dir",
+        str(tmp_path),
+        *TINY,
+        "--num_workers",
+        "2",
+    ]
+    if damage:
+        script = f"""
+import main
+def fail(*_, **__):
+    raise RuntimeError("our fault")
+main.accumulate = fail
+main.main({data!r})
+"""
+        result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 1 and "our fault" in result.stderr
+    else:
+        (folder / "JPEGImages/a1.jpg").write_bytes(b"no picture")
+        assert_refused(run_main(*data, "--total_itrs", 4), "a1.jpg")
 
 
 @pytest.mark.parametrize("flags", [["--tta", "flip"], ["--crop_val"], ["--eval_output_stride", "8"]])
@@ -469,7 +525,7 @@ def test_incomplete_data_is_refused_at_the_start(folder, refused, tmp_path, remo
 def test_validation_set_without_a_label_is_refused(folder, refused):
     for name, shape in (("b1", (40, 52)), ("b2", (52, 40)), ("b3", (40, 52))):
         write_picture(folder / f"SegmentationClass/{name}.png", np.full(shape, 255, np.uint8))
-    assert "--val_split val: not one of its pixels is labelled" in refused("--total_itrs", 1)
+    assert "--val_split val: not one of the pixels to score is labelled" in refused("--total_itrs", 1)
 
 
 def test_flag_that_contradicts_the_checkpoint_is_refused(start, refused, tmp_path):

@@ -186,4 +186,4 @@ def test_counting_on_a_gpu_waits_for_nothing_and_counts_the_same():
     confusion = ConfusionMatrix(21, "meta")  # a tensor that has no values cannot be waited for
     confusion.update(*(torch.zeros(2, 5, 7, dtype=torch.uint8, device="meta") for _ in range(2)))
     index = torch.randint(0, 5376, (10_000,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
-    assert (metrics._scattered_occurrences(index, 5376) == torch.bincount(index, minlength=5376)).all()
+    assert (metrics.scattered_occurrences(index, 5376) == torch.bincount(index, minlength=5376)).all()

@@ -57,3 +57,19 @@ def test_warm_up_rises_linearly_to_the_policys_rate(model, policy):
     plain = head_rates(model, 8, lr_policy=policy, total_itrs=20)
     warm = head_rates(model, 8, lr_policy=policy, total_itrs=20, warmup_itrs=4)
     assert [w / p for w, p in zip(warm, plain, strict=True)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("device", "scaled", "fused"), [("cpu", False, None), ("cuda", False, True), ("cuda", True, None)]
+)
+def test_sgd_is_fused_on_a_gpu_where_no_scaler_may_skip_its_first_step(model, monkeypatch, device, scaled, fused):
+    monkeypatch.setattr(type(model), "device", torch.device(device))
+    asked = {}
+
+    def sgd(groups, **keywords):
+        asked.update(keywords)
+        return torch.optim.SGD(groups, **keywords | {"fused": None})
+
+    monkeypatch.setattr("utils.optimizer.SGD", sgd)
+    build_optimizer(options(), model, scaled=scaled)
+    assert asked["fused"] is fused

@@ -136,6 +136,15 @@ def test_a_signal_before_the_first_iteration_saves_iteration_0(start, tmp_path, 
     assert torch.load(tmp_path / "a/latest.pth", weights_only=True)["cur_itrs"] == 0
 
 
+def test_an_interrupted_run_that_is_to_end_there_is_validated(start, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(patch, "accumulate", 2, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            start("a", "--total_itrs", 9, "--val_interval", 9)
+    scores, out = start("a", "--total_itrs", 2, "--val_interval", 9, "--continue_training")
+    assert f"Mean IoU: {scores['Mean IoU']:.6f}" in out and [row["itr"] for row in history(tmp_path / "a")] == ["2"]
+
+
 def test_a_resume_in_the_middle_of_an_epoch_decodes_no_picture_again(start, monkeypatch, capsys):
     flags = ["--total_itrs", 4, "--val_interval", 4]  # two iterations an epoch
     with monkeypatch.context() as patch:
@@ -170,7 +179,8 @@ main.main({["--dataset", "folder", "--data_root", str(folder), "--run_dir", str(
         if line == "training\n":
             break
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)  # the same once more, as launchers do
+    time.sleep(1.2)
     assert process.poll() is None  # the iteration is being finished
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == -signal.SIGTERM

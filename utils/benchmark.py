@@ -234,7 +234,7 @@ def training_step(opts: argparse.Namespace, amp: torch.dtype | None, *, compile:
     """`step(images, targets)`, uint8 both, as in main.py's loop."""
     model = our_model(opts).train()
     forward = compiled(model, print) if compile else model
-    optimizer, scheduler = build_optimizer(get_parser().parse_args([]), model)
+    optimizer, scheduler = build_optimizer(get_parser().parse_args([]), model, scaled=amp is torch.float16)
     scaler = torch.amp.GradScaler(opts.device.type, enabled=amp is torch.float16)
     how = {"scaler": scaler, "amp": amp, "parts": 1}
     criterion = build_loss("cross_entropy")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.metrics import LABELS, BoundaryIoU
+from utils.metrics import LABELS, BoundaryIoU, occurrences
 from utils.run import SCORE_COLUMNS, peak_memory_mb, write_csv, write_text
 
 RESAMPLES = 1000
@@ -90,7 +90,7 @@ def image_counts(masks: torch.Tensor, predictions: torch.Tensor, num_classes: in
     """
     first = torch.arange(len(masks), device=masks.device).mul_(LABELS).to(torch.int32)[:, None, None]  # [B, 1, 1]
     index = (first + masks).mul_(num_classes).add_(predictions)  # [B, H, W]
-    pairs = torch.bincount(index.flatten(), minlength=len(masks) * LABELS * num_classes)
+    pairs = occurrences(index.flatten(), len(masks) * LABELS * num_classes)
     matrices = pairs.view(len(masks), LABELS, num_classes)[:, :num_classes]  # [B, C, C], rows = target
     return torch.stack([matrices.diagonal(dim1=1, dim2=2), matrices.sum(dim=2), matrices.sum(dim=1)], dim=1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from datasets.voc import SegmentationDataset
-from utils.atomic import replacing
+from utils.atomic import keep_as, replacing
 from utils.errors import InputError
 from utils.metrics import RunningMean
 
@@ -36,10 +36,22 @@ class TrainingState:
     lr: float = 0.0  # the head's, of the last iteration
     validation_due: bool = False  # the last iteration's validation was begun and not finished
 
-    def save(self, path: Path, *, opts: argparse.Namespace, dataset: SegmentationDataset) -> None:
-        """Call it after both the optimizer's and the scheduler's step, and after the best score is settled."""
+    def save(
+        self, path: Path, *, opts: argparse.Namespace, dataset: SegmentationDataset, keep_previous: bool = False
+    ) -> None:
+        """Call it after both the optimizer's and the scheduler's step, and after the best score is settled.
+
+        Raises InputError for weights that are not finite, which a finite loss does not exclude: the running
+        statistics of batch normalisation take no part in it.
+        """
+        model_state = self.model.state_dict()
+        if not torch.stack([value.isfinite().all() for value in model_state.values()]).all():  # one wait
+            raise InputError(
+                f"{path}: not saved, for the weights are not finite after iteration {self.cur_itrs}; earlier "
+                "checkpoints are kept: go on from one with a lower --lr, with --warmup_itrs or with --amp off"
+            )
         checkpoint = {
-            "model_state": self.model.state_dict(),
+            "model_state": model_state,
             "optimizer_state": self.optimizer.state_dict(),
             "scheduler_state": self.scheduler.state_dict(),
             "scaler_state": self.scaler.state_dict(),
@@ -58,7 +70,7 @@ class TrainingState:
             "class_names": dataset.class_names,
             "palette": dataset.palette.tolist(),
         }
-        save_checkpoint(path, checkpoint)
+        save_checkpoint(path, checkpoint, keep_previous=keep_previous)
 
     def restore(self, checkpoint: dict) -> None:
         """Takes up optimizer, schedule, scaler and scores; the weights are loaded with the model.
@@ -82,12 +94,28 @@ class TrainingState:
             self.lr, self.validation_due = progress["lr"], progress["validation_due"]
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Writes tensors and builtins to a temporary file beside `path`, then renames it into place."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+def save_checkpoint(path: Path, checkpoint: dict, *, keep_previous: bool = False) -> None:
+    """Writes tensors and builtins to a temporary file beside `path`, then renames it into place.
+
+    `keep_previous`: the checkpoint that it replaces stays, as `previous_of(path)`. Raises OSError, naming `path`.
+    """
+    with replacing(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except RuntimeError as error:  # torch ends its zip file even after a write that failed, and fails in that
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        if keep_previous and path.is_file():
+            keep_as(path, previous_of(path))
+
+
+def previous_of(path: Path) -> Path:
+    """`latest.prev.pth` of `latest.pth`."""
+    return path.with_suffix(".prev.pth")
 
 
 def load_file(path: Path, flag: str) -> dict:
@@ -118,6 +146,23 @@ def load_checkpoint(path: str | Path) -> dict:
     if missing:
         raise InputError(f"--ckpt {path}: not a checkpoint of main.py, it lacks {', '.join(missing)}")
     return checkpoint
+
+
+def load_newest(path: Path) -> tuple[Path, dict, InputError | None]:
+    """A checkpoint, or else the one before it, with which of them it is and what is wrong with the first.
+
+    Raises InputError, naming `path`, if neither loads.
+    """
+    try:
+        return path, load_checkpoint(path), None
+    except InputError as error:
+        previous = previous_of(path)
+        if not previous.exists():
+            raise
+        try:
+            return previous, load_checkpoint(previous), error
+        except InputError:
+            raise InputError(f"{error}; nor does {previous} load") from None
 
 
 def require_classes(theirs: list[str], class_names: list[str], path: str) -> None:

@@ -2,8 +2,11 @@
 
 import argparse
 import functools
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -63,7 +66,8 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Inside, the first SIGTERM or SIGINT is noted, for the work to be left in order; a second one ends the process.
+    """Inside, the first SIGTERM or SIGINT is noted, for the work to be left in order; another one ends the process
+    at once, unless it follows within a second: a launcher and the system may both pass the same one on.
 
     `signal` is its number, None before.
     """
@@ -73,17 +77,21 @@ class Interruption:
         self._warn = warn
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: set outside Python
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+        if self.signal is None:
+            self.signal, self._noted = number, time.monotonic()
+        elif time.monotonic() - self._noted > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def check(self) -> None:
         """Raises Interrupted after a signal."""

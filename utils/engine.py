@@ -34,12 +34,14 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     """`--amp`: the dtype of autocast, None for float32.
 
     "auto" is bfloat16 where the device computes in it by itself, float16 on older GPUs with tensor cores (compute
-    capability 7), and float32 elsewhere.
+    capability 7, but for the GTX 16 series), and float32 elsewhere.
     """
     if name == "auto" and device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16
-        return torch.float16 if torch.cuda.get_device_capability(device)[0] == 7 else None
+        has_tensor_cores = torch.cuda.get_device_capability(device)[0] == 7
+        has_tensor_cores &= "GTX 16" not in torch.cuda.get_device_name(device)
+        return torch.float16 if has_tensor_cores else None
     if name == "auto" and device.type == "cpu":
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         return torch.bfloat16 if has_bf16() else None
@@ -49,6 +51,7 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Mixed precision in `dtype` inside; None leaves float32."""
     return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
 
@@ -101,8 +104,8 @@ def accumulate(
     """Adds the gradients of one step's batch, uint8 `[B, 3, H, W]` and `[B, H, W]`, to those that are there, in
     `parts` pieces for want of memory; returns the loss of the step, on the device.
 
-    Each piece counts by its valid pixels, so that the mean is over those of the whole step, however unevenly void is
-    shared out.
+    Each piece counts by its valid pixels. So cross-entropy and focal loss, which are means over these, are those of
+    the whole step, however unevenly void is shared out; other losses rank or sum the pixels of a piece.
     """
     total, valid = torch.zeros((), device=images.device), (targets != VOID).sum().clamp_min(1)
     for some, their in zip(images.chunk(parts), targets.chunk(parts), strict=True):

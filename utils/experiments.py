@@ -1,8 +1,8 @@
 """Runs a list of experiments, goes on where it stopped, and writes one table of what came out.
 
-    python -m utils.experiments docs/camvid_cpu.txt                      # trains and tests what is missing
-    python -m utils.experiments docs/camvid_cpu.txt --classes pole,sign  # their test IoU in the table too
-    python -m utils.experiments docs/camvid_cpu.txt --table_only         # the table of what is there
+    python -m utils.experiments docs/results/camvid_cpu.txt                      # trains and tests what is missing
+    python -m utils.experiments docs/results/camvid_cpu.txt --classes pole,sign  # their test IoU in the table too
+    python -m utils.experiments docs/results/camvid_cpu.txt --table_only         # the table of what is there
 
 A line of the list is `<label>: <flags of main.py>`; those after `all:` come before the flags of every line, and
 `--random_seed 1,2,3` makes three runs, each RUN_DIR/<label>_s<seed>. Paths start at the repository's root. Empty
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from utils.cli import Parser, exit_codes
 from utils.errors import InputError
-from utils.options import ABOUT_THE_START, get_parser, settle_model
+from utils.options import ABOUT_THE_START, get_parser, require_fitting, settle_model
 from utils.report import read_csv
 from utils.run import Run, write_csv, write_text
 
@@ -86,8 +86,15 @@ def read_json(path: Path) -> dict:
 
 
 def run_main(arguments: list[str]) -> int:
-    """The exit code of `main.py`. Ends this script too where the user has ended that one."""
-    code = subprocess.run([sys.executable, "main.py", *arguments], cwd=ROOT, check=False).returncode
+    """The exit code of `main.py`, which is let save where the user ends this script, and ends it then."""
+    process = subprocess.Popen([sys.executable, "main.py", *arguments], cwd=ROOT)
+    try:
+        code = process.wait()
+    except SystemExit:  # of a SIGTERM that may have come to this process alone
+        process.terminate()
+        code = process.wait()
+    except KeyboardInterrupt:  # the terminal sends it to both
+        code = process.wait()
     code = 128 - code if code < 0 else code  # of a signal, as a shell has it
     if code in (130, 143):
         raise SystemExit(code)
@@ -142,18 +149,19 @@ def expand(slug: str, shared: list[str], where: str, label: str, given: list[str
             flags = f"--total_itrs {opts.total_itrs} --random_seed {seed}".split()
             flags = [*rest, *flags, "--run_dir", opts.run_dir, "--run_name", folder.name]
             runs.append(Experiment(label, seed, flags, folder, opts.total_itrs))
-            require_same_flags(runs[-1])
+            require_usable(runs[-1])
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return runs
 
 
-def require_same_flags(run: Experiment) -> None:
-    """A run is told by its name alone: its figures must not stand beside flags that it was not trained with."""
+def require_usable(run: Experiment) -> None:
+    """Raises InputError for flags that main.py refuses, and for others than a run of this name was trained with."""
+    opts = get_parser().parse_args(run.arguments)
+    require_fitting(opts)
     if not (run.folder / "options.json").is_file():
         return
     stored = read_json(run.folder / "options.json")
-    opts = get_parser().parse_args(run.arguments)
     if not opts.ckpt:  # which would decide on the model
         settle_model(opts, None)
     for name in sorted((stored.keys() & vars(opts).keys()) - (ABOUT_THE_START - {"backbone_weights"})):

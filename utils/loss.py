@@ -17,6 +17,7 @@ from datasets.files import VOID
 from utils.errors import InputError
 
 IGNORE_INDEX = VOID
+ADDITIVE_LOSSES = ("cross_entropy", "focal_loss")  # those of a batch's parts add up to that of the batch
 LOSSES = ("cross_entropy", "focal_loss", "ohem_cross_entropy", "dice_cross_entropy", "lovasz_softmax")
 CLASS_WEIGHTS = ("inverse", "median_frequency", "effective_number")
 BETA = 0.999  # (N - 1) / N of N = 1,000 images that differ, of the values that Cui et al. 2019 compare in section 5
@@ -190,8 +191,8 @@ def class_weights(
     their median over classes is a factor that the scale replaces). Does not mind how few images show a class.
     "effective_number": 1 / (1 - beta^images) (Cui et al. 2019, arXiv 1901.05555, equation 2 and section 4; the scale
     replaces 1 - beta). Their n counts samples that overlap only by chance, so images, not neighbouring pixels: by
-    pixels beta 0.9999 saturates for every class, and (N - 1) / N of N pixels in all is nearly "inverse". The mildest:
-    bounded by 1 / (1 - beta), the same for all classes in thousands of images, and where every image shows them.
+    pixels beta 0.9999 saturates for every class, and (N - 1) / N of N pixels in all is nearly "inverse". The ratio of
+    two weights is 1 / (1 - beta) at most, and 1 for classes that thousands of images show, or that all show.
     A class without a pixel has weight 0, for it is no target. Raises InputError for another method.
     """
     if method not in CLASS_WEIGHTS:

@@ -38,7 +38,7 @@ class ConfusionMatrix:
         # 16 bits hold 256 x 127: half the bytes of the smallest type that always does.
         dtype = torch.int16 if LABELS * self.num_classes < 2**15 else torch.int32
         index = target.to(dtype).mul_(self.num_classes).add_(prediction)
-        self._counts += _occurrences(index.flatten(), len(self._counts))
+        self._counts += occurrences(index.flatten(), len(self._counts))
 
     def matrix(self) -> torch.Tensor:
         """`[C, C]` int64 on the device, rows = target, columns = prediction.
@@ -59,14 +59,14 @@ class ConfusionMatrix:
         return scores(self.matrix())
 
 
-def _occurrences(index: torch.Tensor, size: int) -> torch.Tensor:
+def occurrences(index: torch.Tensor, size: int) -> torch.Tensor:
     """How often each of 0..`size` - 1 occurs in `[N]`, int64 `[size]`; what is higher counts anywhere or nowhere."""
     if index.device.type == "cpu":
         return torch.bincount(index, minlength=size)[:size]
-    return _scattered_occurrences(index, size)  # bincount would make the host wait, to learn the highest index
+    return scattered_occurrences(index, size)  # bincount would make the host wait, to learn the highest index
 
 
-def _scattered_occurrences(index: torch.Tensor, size: int) -> torch.Tensor:
+def scattered_occurrences(index: torch.Tensor, size: int) -> torch.Tensor:
     ones = torch.ones(1, dtype=torch.int64, device=index.device).expand(len(index))
     counts = torch.zeros(size, dtype=torch.int64, device=index.device)
     return counts.scatter_add_(0, index.long().clamp_max_(size - 1), ones)
@@ -182,7 +182,7 @@ class BoundaryIoU:
         prediction = torch.where(target == VOID, VOID, prediction)
         near = [torch.where(boundary(ids, self.dilation_ratio), ids, VOID) for ids in (target, prediction)]
         near = [torch.where(near[0] == near[1], near[0], VOID), *near]
-        counts = torch.stack([ids.flatten().bincount(minlength=LABELS) for ids in near])  # [3, 256]
+        counts = torch.stack([occurrences(ids.flatten(), LABELS) for ids in near])  # [3, 256]
         self._counts += counts[:, : self.num_classes]
 
     def compute(self) -> dict:

@@ -7,17 +7,21 @@ from torch.optim import SGD, lr_scheduler
 from network._deeplab import DeepLab
 
 
-def build_optimizer(opts: argparse.Namespace, model: DeepLab) -> tuple[SGD, lr_scheduler.LRScheduler]:
+def build_optimizer(
+    opts: argparse.Namespace, model: DeepLab, *, scaled: bool = False
+) -> tuple[SGD, lr_scheduler.LRScheduler]:
     """SGD with the backbone at a lower rate (group 0; the head is group 1), and the schedule of both rates.
 
     The schedule is stepped every iteration: `lr`, times `gamma` after every `step_size` iterations or times
     (1 - iteration / total)^0.9, times a factor that rises linearly to 1 in the warm-up, if there is one.
+    scaled: whether a GradScaler scales the loss (fp16).
     """
     groups = [
         {"params": model.backbone.parameters(), "lr": opts.lr * opts.backbone_lr_factor},
         {"params": model.classifier.parameters(), "lr": opts.lr},
     ]
-    fused = True if model.device.type == "cuda" else None  # one kernel for all weights
+    # One kernel for all weights; but where a scaler skips the first step, it leaves the momentum uninitialised.
+    fused = True if model.device.type == "cuda" and not scaled else None
     optimizer = SGD(groups, lr=opts.lr, momentum=opts.momentum, weight_decay=opts.weight_decay, fused=fused)
     schedules = []
     if opts.warmup_itrs:

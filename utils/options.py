@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasets import DATASETS
 from network import MODELS
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, load_newest, previous_of
 from utils.cli import Parser, number
 from utils.engine import parse_tta
 from utils.errors import InputError
@@ -27,10 +27,13 @@ def default_run_name(opts: argparse.Namespace, checkpoint: dict | None) -> str:
     return f"{model}_{opts.dataset}_os{stride}_{opts.loss_type}{weights}"
 
 
-def test_folder(opts: argparse.Namespace) -> str:
+def folder_of_test(opts: argparse.Namespace) -> str:
     """`test_<split>`, with what is not the plain evaluation: one does not overwrite the other."""
     stride = f"_os{opts.eval_output_stride}" if opts.eval_output_stride else ""
-    tta = f"_tta_{opts.tta.replace(',', '_')}" if opts.tta else ""
+    tta = ""
+    if opts.tta:
+        flip, scales = parse_tta(opts.tta)
+        tta = "_tta" + "_flip" * flip + "".join(f"_{scale:g}" for scale in sorted(scales))
     return f"test_{opts.val_split}{stride}{tta}" + (f"_crop{opts.crop_size}" if opts.crop_val else "")
 
 
@@ -72,10 +75,16 @@ def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
     if run.exists and not opts.continue_training and not opts.test_only:
         raise InputError(f"{run.folder}: that run exists; --continue_training goes on, --run_name starts another")
     own = run.folder / ("best.pth" if opts.test_only else "latest.pth")
-    if (opts.test_only and checkpoint is None) or (opts.continue_training and own.is_file()):
-        if checkpoint and Path(opts.ckpt) != own:
-            run.log(f"{own} is there: the run goes on from it, not from {opts.ckpt}")
+    if opts.test_only and checkpoint is None:
         opts.ckpt, checkpoint = str(own), load_checkpoint(own)
+    elif opts.continue_training and (own.exists() or previous_of(own).exists()):
+        newest, loaded, damage = load_newest(own)
+        if damage:
+            run.log(f"warning: {str(damage).removeprefix('--ckpt ')}; the run goes on from {newest}")
+            run.damaged = own
+        elif checkpoint and Path(opts.ckpt) != own:
+            run.log(f"{own} is there: the run goes on from it, not from {opts.ckpt}")
+        opts.ckpt, checkpoint = str(newest), loaded
     elif opts.continue_training and checkpoint is None:
         run.log(f"{own} is not there: the run starts from the beginning")
     settle_model(opts, checkpoint)
@@ -83,7 +92,7 @@ def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
     if opts.test_only:  # beside the checkpoint's own run, where it belongs to one, and on its division of the data
         opts.random_seed = checkpoint["options"]["random_seed"]
         beside = Path(opts.ckpt).parent
-        run = Run((beside if (beside / "options.json").is_file() else run.folder) / test_folder(opts))
+        run = Run((beside if (beside / "options.json").is_file() else run.folder) / folder_of_test(opts))
     return run, checkpoint
 
 
@@ -93,9 +102,9 @@ def differences(opts: argparse.Namespace, checkpoint: dict) -> list[str]:
     names = [name for name in now if name not in ABOUT_THE_START | ABOUT_THE_TEST.keys()]
     names = ABOUT_THE_DATA if opts.test_only else names
     return [
-        f"{name}: {stored.get(name)} in the checkpoint, {now[name]} now"
+        f"{name}: {stored[name]} in the checkpoint, {now[name]} now"
         for name in names
-        if stored.get(name) != now[name]
+        if name in stored and stored[name] != now[name]
     ]
 
 
@@ -179,5 +188,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def _tta(text: str) -> str:
-    parse_tta(text)  # options stay plain text, as options.json and checkpoints keep them
+    try:
+        parse_tta(text)  # options stay plain text, as options.json and checkpoints keep them
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--tta ")) from None
     return text

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.voc import SegmentationDataset
-from utils.atomic import replacing
+from utils.atomic import naming, replacing
+from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 from utils.plotting import draw_curves, overlay
 
 HISTORY = "epoch itr loss lr overall_acc mean_acc freqw_acc mean_iou train_seconds val_seconds peak_memory_mb".split()
+CHECKPOINTS = ("latest.pth", "latest.prev.pth", "best.pth")
 SCORE_COLUMNS = {
     "overall_acc": "Overall Acc",
     "mean_acc": "Mean Acc",
@@ -38,19 +41,21 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started = False
+        self.damaged: Path | None = None  # the latest.pth that training does not go on from, because it does not load
         self._early: list[str] = []  # what was logged before the start
 
     @property
     def exists(self) -> bool:
         """Whether training was started here; a test of a checkpoint from elsewhere leaves its own folder only."""
-        return any(
-            (self.folder / name).exists() for name in ("options.json", "history.csv", "latest.pth", "best.pth")
-        )
+        names = ("options.json", "history.csv", *CHECKPOINTS)
+        return any((self.folder / name).exists() for name in names)
 
     def start(self, options: dict, device: torch.device) -> None:
         """Makes the folder and writes `options.json`. Raises InputError where that cannot be done."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("*.tmp"):  # a kill in the middle of a write left it
+                path.unlink()
             write_text(self.folder / "options.json", json.dumps(options | environment(device), indent=2) + "\n")
             self.started = True
             self._write_log([f"Command: {command()}", *self._early])
@@ -59,7 +64,7 @@ class Run:
 
     def discard_unless_validated(self) -> None:
         """Removes what a start left that failed on its input before the first validation: its name is free again."""
-        if not (self.folder / "history.csv").exists() and not (self.folder / "latest.pth").exists():
+        if not any((self.folder / name).exists() for name in ("history.csv", *CHECKPOINTS)):
             self.started = False
             for name in ("options.json", "log.txt", "splits"):
                 path = self.folder / name
@@ -76,8 +81,33 @@ class Run:
             self._early.append(message)
 
     def _write_log(self, lines: list[str]) -> None:
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        path = self.folder / "log.txt"
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises InputError, telling what is kept, for a file of the run that cannot be written inside."""
+        try:
+            yield
+        except (OSError, InputError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__  # plotting makes an InputError of it
+            if not isinstance(cause, OSError) or cause.filename is None:
+                raise
+            if not Path(str(cause.filename)).is_relative_to(self.folder):
+                raise
+            reason = cause.strerror or cause
+            raise InputError(f"{cause.filename}: cannot be written ({reason}); {self._kept()}") from None
+
+    def _kept(self) -> str:
+        """What training can go on from, and how."""
+        for name in CHECKPOINTS:
+            path = self.folder / name
+            with contextlib.suppress(InputError):
+                kept = f"{path} of iteration {load_checkpoint(path)['cur_itrs']} is kept"
+                flags = f"--ckpt {path} --continue_training" if name == "best.pth" else "--continue_training"
+                return f"{kept}: once it can be written, the same command with {flags} goes on"
+        return "there is no checkpoint: once it can be written, the same command with --continue_training begins anew"
 
     def history(self) -> list[dict[str, float]]:
         """The rows of `history.csv`, one per validation."""
@@ -91,7 +121,12 @@ class Run:
             raise InputError(f"{path}: is not a history that main.py wrote; restore it or remove it") from None
 
     def go_on_from(self, cur_itrs: int) -> None:
-        """Drops the rows of the history past the checkpoint that training goes on from."""
+        """Drops the rows of the history past the checkpoint that training goes on from.
+
+        A `latest.pth` that does not load is put aside, lest it take the place of the one before it.
+        """
+        if self.damaged and self.damaged.exists():
+            self.damaged.replace(self.damaged.with_suffix(".damaged.pth"))
         rows = self.history()
         if any(row["itr"] > cur_itrs for row in rows):
             self._write_history([row for row in rows if row["itr"] <= cur_itrs])
@@ -143,7 +178,8 @@ class ResultWriter:
     def _save(self, picture: Image.Image, name: str) -> None:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with replacing(path) as temporary:
+            picture.save(temporary, format="JPEG" if path.suffix == ".jpg" else "PNG")
 
 
 def environment(device: torch.device) -> dict:
