@@ -114,7 +114,7 @@ def test_runs_go_once_go_on_where_they_stopped_and_end_in_a_table(make_list, fol
     assert get_parser().parse_args(shlex.split(command)[2:]).run_name == "small_s1"
 
     (tmp_path / "runs" / "small_s2" / "test_val" / "class_iou.csv").unlink()  # as if interrupted before its test
-    path.write_text(path.read_text().replace("wrong: --no_such_flag 3\n", ""))
+    path.write_text(path.read_text().replace("wrong: --data_root no_such_folder\n", ""))
     one, two = tmp_path / "runs" / "small_s1", tmp_path / "runs" / "small_s2"
     kept = [*(file for file in one.rglob("*") if file.is_file()), two / "log.txt", two / "best.pth"]
     before = [file.stat().st_mtime_ns for file in kept]
