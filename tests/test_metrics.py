@@ -187,3 +187,13 @@ def test_counting_on_a_gpu_waits_for_nothing_and_counts_the_same():
     confusion.update(*(torch.zeros(2, 5, 7, dtype=torch.uint8, device="meta") for _ in range(2)))
     index = torch.randint(0, 5376, (10_000,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
     assert (metrics.scattered_occurrences(index, 5376) == torch.bincount(index, minlength=5376)).all()
+
+
+@pytest.mark.parametrize("size", [256, 5376, 38_400])
+@pytest.mark.parametrize("number", [0, 1, 3, 4, 10_001])
+def test_counting_in_turns_counts_the_same(size, number):
+    dtype = torch.int16 if size < 2**15 else torch.int32
+    index = torch.randint(0, size, (number,), generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = index.clone()
+    assert torch.equal(metrics.occurrences(index, size), torch.bincount(index, minlength=size))
+    assert torch.equal(index, before)
