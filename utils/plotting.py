@@ -159,7 +159,7 @@ def error_map(image: torch.Tensor, target: torch.Tensor, prediction: torch.Tenso
 
 
 def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """mIoU (best marked with its value), training loss and learning rate over the iterations, a line per run.
+    """mIoU (best marked), training loss and learning rate over the iterations, a line per run.
 
     histories: run name to the rows of its `history.csv`.
     """
@@ -173,13 +173,9 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
         for axes, (column, _) in zip(all_axes, panels, strict=True):
             axes.plot([row["itr"] for row in rows], [row[column] for row in rows], label=label, **style)
         all_axes[0].plot(best["itr"], best["mean_iou"], marker="*", markersize=15, color=f"C{number}", mec="black")
-        all_axes[0].annotate(
-            f"{best['mean_iou']:.4f}",
-            (best["itr"], best["mean_iou"]),
-            (0, 9),
-            textcoords="offset points",
-            ha="center",
-        )
+        if len(histories) <= 2:  # more of them cover each other; the legend has them all
+            place = (best["itr"], best["mean_iou"])
+            all_axes[0].annotate(f"{place[1]:.4f}", place, (0, 9), textcoords="offset points", ha="center")
     for axes, (_, title) in zip(all_axes, panels, strict=True):
         axes.set(title=title, xlabel="iteration")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
