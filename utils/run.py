@@ -20,13 +20,22 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.voc import SegmentationDataset
-from utils.atomic import naming, replacing
+from utils.atomic import naming, replacing, temporary_of
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 from utils.plotting import draw_curves, overlay
 
 HISTORY = "epoch itr loss lr overall_acc mean_acc freqw_acc mean_iou train_seconds val_seconds peak_memory_mb".split()
 CHECKPOINTS = ("latest.pth", "latest.prev.pth", "best.pth")
+TABLES = (
+    "options.json",
+    "history.csv",
+    "class_iou.csv",
+    "confusion_matrix.csv",
+    "curves.png",
+    "card.json",
+    "images.csv",
+)
 SCORE_COLUMNS = {
     "overall_acc": "Overall Acc",
     "mean_acc": "Mean Acc",
@@ -54,8 +63,8 @@ class Run:
         """Makes the folder and writes `options.json`. Raises InputError where that cannot be done."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob("*.tmp"):  # a kill in the middle of a write left it
-                path.unlink()
+            for name in (*CHECKPOINTS, *TABLES):  # a kill in the middle of a write left it
+                temporary_of(self.folder / name).unlink(missing_ok=True)
             write_text(self.folder / "options.json", json.dumps(options | environment(device), indent=2) + "\n")
             self.started = True
             self._write_log([f"Command: {command()}", *self._early])
