@@ -143,17 +143,7 @@ def train(
     amp: torch.dtype | None,
 ) -> dict:
     """Sets training up, or takes it up again; returns the scores of its last validation."""
-    part = opts.batch_size // opts.grad_accum
-    if part * opts.grad_accum != opts.batch_size:
-        raise InputError(
-            f"--grad_accum {opts.grad_accum}: does not divide --batch_size {opts.batch_size}; change one"
-        )
-    if part == 1:
-        raise InputError(
-            f"--batch_size {opts.batch_size} --grad_accum {opts.grad_accum}: after the ASPP's global pooling, batch "
-            "normalisation would have one value a channel to take mean and deviation of; give 2 images or more a part"
-        )
-    if opts.grad_accum > 1:
+    if (part := opts.batch_size // opts.grad_accum) < opts.batch_size:
         run.log(f"Batch normalisation sees {part} images at a time, not {opts.batch_size} (--grad_accum)")
         if opts.loss_type not in ADDITIVE_LOSSES:
             run.log(f"{opts.loss_type} is of {part} images at a time too; the step has the mean of these losses")

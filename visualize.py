@@ -34,6 +34,7 @@ NUM_SAMPLES = 20  # of `samples`; `compare` shows the first of them
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     parser = Parser(prog="visualize.py", description="Pictures of data sets and of trained models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -135,6 +136,7 @@ def choose(opts: argparse.Namespace, dataset: SegmentationDataset, *, must_cover
 
 
 def samples(opts: argparse.Namespace) -> None:
+    """Images that together show every class, above their annotations."""
     dataset = open_data(opts)
     indices = choose(opts, dataset, must_cover=True)
     for index in indices:
@@ -147,6 +149,7 @@ def samples(opts: argparse.Namespace) -> None:
 
 
 def stats(opts: argparse.Namespace) -> None:
+    """Pixels and images per class: printed, as CSV and as bars."""
     dataset = open_data(opts)
     statistics = class_statistics(dataset)
     print("\n".join(format_statistics(statistics)))
@@ -157,6 +160,7 @@ def stats(opts: argparse.Namespace) -> None:
 
 
 def check(opts: argparse.Namespace) -> None:
+    """The data set doctor. Raises InputError where training would fail."""
     findings, pairs = check_dataset(opts.dataset, opts.data_root, opts.split, year=opts.year)
     print("\n".join(format_findings(findings, pairs)))
     fatal = [finding for finding in findings if finding.fatal]
@@ -167,6 +171,7 @@ def check(opts: argparse.Namespace) -> None:
 
 
 def compare(opts: argparse.Namespace) -> None:
+    """A grid of RGB, ground truth and each model, with the mIoU of each image."""
     device = choose_device(opts.device)
     amp = choose_amp(opts.amp, device)
     paths = [Path(path) for path in opts.ckpt]
@@ -211,6 +216,7 @@ def name_of(ckpt: Path) -> str:
 
 
 def curves(opts: argparse.Namespace) -> None:
+    """mIoU, loss and learning rate of runs."""
     histories = {}
     for folder in opts.runs:
         rows = Run(Path(folder)).history()
@@ -225,6 +231,7 @@ def curves(opts: argparse.Namespace) -> None:
 
 
 def predict_any(opts: argparse.Namespace) -> None:
+    """Id masks, overlays and class shares of any pictures."""
     device = choose_device(opts.device)
     amp, paths = choose_amp(opts.amp, device), list_pictures(opts.input)
     trained = load_model(opts.ckpt, device)
@@ -246,6 +253,7 @@ def predict_any(opts: argparse.Namespace) -> None:
 
 
 def sam(opts: argparse.Namespace) -> None:
+    """Segment Anything's masks and the prediction refined by them, drawn or, with `--eval`, scored."""
     sam_report.require_fitting(opts)
     device = choose_device(opts.device)
     amp = choose_amp(opts.amp, device)
@@ -276,6 +284,7 @@ def sam(opts: argparse.Namespace) -> None:
 
 
 def report(opts: argparse.Namespace) -> None:
+    """One HTML file of runs."""
     runs, device = [Path(run) for run in opts.runs], choose_device(opts.device)
     write_report(runs, Path(opts.out), data_root=opts.data_root, device=device, num=opts.num)
     print(f"Written: {opts.out}")

@@ -215,6 +215,7 @@ def loader(opts: argparse.Namespace, *, workers: int = 0, normalized: bool = Fal
 
 
 def confusion_matrix(opts: argparse.Namespace) -> Part:
+    """One picture at a time, label maps on the device."""
     dataset = build_dataset("folder", opts.folder, "train")
     target = dataset.mask(0).to(opts.device)[None]  # [1, H, W]
     prediction = target.roll((3, 5), (1, 2)).where(target.roll((3, 5), (1, 2)) != VOID, 0)

@@ -225,6 +225,7 @@ def command(run: Experiment) -> str:
 
 @exit_codes
 def main(argv: list[str] | None = None) -> None:
+    """The command line above."""
     about = "Runs a list of experiments, goes on where it stopped, and writes one table of what came out."
     parser = Parser(prog="python -m utils.experiments", usage="%(prog)s FILE [flags]", description=about)
     add = parser.add_argument

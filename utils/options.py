@@ -41,6 +41,16 @@ def require_fitting(opts: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go with each other."""
     if opts.test_only and opts.continue_training:
         raise InputError("--test_only: goes without --continue_training; leave one of them out")
+    part = opts.batch_size // opts.grad_accum
+    if part * opts.grad_accum != opts.batch_size:
+        raise InputError(
+            f"--grad_accum {opts.grad_accum}: does not divide --batch_size {opts.batch_size}; change one"
+        )
+    if part == 1 and not opts.test_only:
+        raise InputError(
+            f"--batch_size {opts.batch_size} --grad_accum {opts.grad_accum}: after the ASPP's global pooling, batch "
+            "normalisation would have one value a channel to take mean and deviation of; give 2 images or more a part"
+        )
     if opts.class_weights != "none" and opts.loss_type == "lovasz_softmax":
         raise InputError(
             f"--class_weights {opts.class_weights}: lovasz_softmax weighs classes alike by itself; use none"

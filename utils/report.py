@@ -295,6 +295,8 @@ def summary_section(runs: list[RunFiles]) -> Html:
 
 
 def options_section(runs: list[RunFiles]) -> Html:
+    """Options and environment, a column per run; what differs is marked."""
+
     def rows(values: dict[str, list[str]]) -> list[list]:
         marked = differing(values)
         return [[n, *(td(v, "differs" * (n in marked)) for v in row)] for n, row in values.items()]
@@ -324,6 +326,7 @@ def curves_section(runs: list[RunFiles]) -> Html:
 
 
 def classes_section(runs: list[RunFiles]) -> Html:
+    """IoU of each class, a column per run; the highest of a row is marked."""
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.class_iou):
         row, present = [name], [run.class_iou[name] for run in runs if run.class_iou.get(name, math.nan) >= 0]
@@ -342,6 +345,7 @@ def classes_section(runs: list[RunFiles]) -> Html:
 
 
 def confusion_section(runs: list[RunFiles]) -> Html:
+    """Confusion matrices of the classes with the most wrong pixels, as shares of the rows."""
     parts = []
     for run in runs:
         names, totals = list(run.class_iou), run.matrix.sum(axis=1, keepdims=True)
@@ -378,6 +382,7 @@ def confusions_table(run: RunFiles, shares: np.ndarray) -> Html:
 
 
 def predictions_section(groups: list[Data], notes: list[Html], num: int) -> Html:
+    """Validation images with their annotation and the predictions of the runs that share them."""
     parts = []
     for data in groups:
         if data.evaluations:
@@ -426,6 +431,7 @@ def draw_worst(dataset: SegmentationDataset, evaluation: Evaluation, num: int, p
 
 
 def data_section(groups: list[Data], notes: list[Html]) -> Html:
+    """Balance and samples of each training split."""
     parts = []
     for data in groups:
         try:

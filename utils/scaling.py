@@ -111,6 +111,7 @@ TABLES = {"images": images, "pixels": sides, "classes": classes, "workers": work
 
 
 def print_tables(opts: argparse.Namespace, folder: Path) -> None:
+    """Measures and prints all four, with the files of the data sets in `folder`."""
     opts.folder = write_pictures(folder, DISTINCT, num_val=1, size=PICTURE)
     for name, measure in TABLES.items():
         print(f"\n{measure.__doc__}", flush=True)
