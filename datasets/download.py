@@ -28,6 +28,8 @@ MIRRORS = (
 NEEDED = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
 # What the disk raises and no other source would mend; a transfer over the network raises none of these.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+# What tarfile raises for bad headers.
+BAD_TAR = (tarfile.TarError, ArithmeticError, LookupError, MemoryError, RecursionError, ValueError)
 
 
 def download_voc(
@@ -167,7 +169,9 @@ def _extract(tar: Path, voc: Path, *, inside: str) -> None:
         if lacks := _lacks(staging / inside):
             raise InputError(f"{tar}: holds no {inside}/{lacks[0]}; delete it and run again")
         (staging / inside).rename(voc)
-    except tarfile.TarError as error:  # the filter's refusals too: they name the member
+    except InputError:
+        raise
+    except BAD_TAR as error:  # the filter's refusals too: they name the member
         raise InputError(f"{tar}: cannot be extracted ({error}); delete it and run again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -17,6 +17,8 @@ from utils.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_CROP = 2**14  # pixels; such a crop takes 800 MB
+LONGEST = 16  # times the shorter side
 MEAN_COLOUR = [round(255 * channel) for channel in IMAGENET_MEAN]
 
 
@@ -92,6 +94,10 @@ class CropValTransform:
         self, image: tv_tensors.Image, mask: tv_tensors.Mask, *, epoch: int = 0, index: int = 0
     ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         size = [self.crop_size]
+        shorter = min(image.shape[-2:])
+        if max(image.shape[-2:]) > LONGEST * shorter:  # a line of pixels would grow to gigabytes, most of it cut off
+            middle = [min(side, LONGEST * shorter) for side in image.shape[-2:]]
+            image, mask = F.center_crop(image, middle), F.center_crop(mask, middle)
         image = F.resize(
             image, size, InterpolationMode.BILINEAR, antialias=True
         )  # [3, crop_size, w] or [3, h, crop_size]
@@ -117,11 +123,11 @@ def eval_transform() -> EvalTransform:
 
 
 def crop_val_transform(crop_size: int) -> CropValTransform:
-    """The transform of `--crop_val`; `crop_size` in pixels. Raises InputError for less than 1."""
+    """The transform of `--crop_val`; `crop_size` in pixels. Raises InputError for what cannot be a crop."""
     _require_crop_size(crop_size)
     return CropValTransform(crop_size)
 
 
 def _require_crop_size(crop_size: int) -> None:
-    if crop_size < 1:
-        raise InputError(f"--crop_size {crop_size}: it must be 1 at least")
+    if not 1 <= crop_size <= MAX_CROP:
+        raise InputError(f"--crop_size {crop_size}: give 1 to {MAX_CROP} pixels")

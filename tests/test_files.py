@@ -1,9 +1,13 @@
+import runpy
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datasets.files import read_image, read_mask, read_size
+import datasets.files
+from datasets.files import existing_folder, read_class_names, read_ids, read_image, read_mask, read_size
 from utils.errors import InputError
 
 MASK = np.array([[0, 1, 255], [2, 2, 0]], np.uint8)
@@ -84,3 +88,82 @@ def test_errors_are_one_line(tmp_path):
     with pytest.raises(InputError) as error:
         read_image(tmp_path / "i.jpg")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [-1, -256, -(2**31)])
+def test_a_negative_mask_value_is_not_wrapped_into_a_class_or_void(tmp_path, value):
+    Image.fromarray(np.full((2, 2), value, np.int32)).save(tmp_path / "m.tif")
+    with pytest.raises(InputError, match=rf"m\.tif: value {value} is neither"):
+        read_mask(tmp_path / "m.tif", 3)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no such pixels"), AssertionError(), RuntimeError("a\nb")])
+def test_whatever_pillow_raises_is_an_input_error_of_one_line_with_a_reason(tmp_path, monkeypatch, error):
+    path = tmp_path / "i.png"
+    Image.fromarray(MASK).save(path)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    for read in (read_image, read_size, lambda path: read_mask(path, 3)):
+        with pytest.raises(
+            InputError, match=r"i\.png: cannot be read as a \w+ \((no such pixels|AssertionError|a)\);"
+        ):
+            read(path)
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "i.jpg").touch()
+    with pytest.raises(InputError, match=r"i\.jpg: cannot be read as a picture \(it is empty\); replace it"):
+        read_image(tmp_path / "i.jpg")
+
+
+def test_what_pillow_warns_of_is_not_said_but_other_warnings_are(tmp_path):
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")  # 90 million pixels: a warning, no error
+    picture = Image.fromarray(MASK)
+    picture.putpalette([9, 9, 9] * 256)
+    picture.save(tmp_path / "transparent.png", transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files = runpy.run_path(datasets.files.__file__)  # anew, for pytest has undone the filters of its import
+        assert files["read_size"](tmp_path / "large.png") == (9500, 9500)
+        assert files["read_image"](tmp_path / "transparent.png").unique().tolist() == [9]
+        with pytest.raises(UserWarning):
+            warnings.warn("of something else", stacklevel=1)
+
+
+@pytest.mark.parametrize("id", ["../a", "a/../../b", "..", "/etc/a", "//a", "a\\b", "..\\a"])
+def test_an_id_that_leads_out_of_its_folder_is_refused_by_its_list(tmp_path, id):
+    (tmp_path / "val.txt").write_text(f"good\n{id}\n")
+    with pytest.raises(InputError, match=r"val\.txt: the id .* leads elsewhere; write names"):
+        read_ids(tmp_path / "val.txt")
+
+
+def test_an_id_may_have_sub_folders_dots_and_spaces(tmp_path):
+    (tmp_path / "val.txt").write_text("a/b\nv1..2\n..a\na b\n.a\n")
+    assert read_ids(tmp_path / "val.txt") == ["a/b", "v1..2", "..a", "a b", ".a"]
+
+
+def test_an_id_too_long_for_a_file_name_is_refused_and_the_longest_makes_one(tmp_path):
+    (tmp_path / "val.txt").write_text("é" * 120)
+    (id,) = read_ids(tmp_path / "val.txt")
+    (tmp_path / f"{id}.png.tmp").touch()
+    (tmp_path / "val.txt").write_text("é" * 121)
+    with pytest.raises(InputError, match=r"val\.txt: the id 'é+'\.\.\. has over 240 bytes"):
+        read_ids(tmp_path / "val.txt")
+
+
+@pytest.mark.parametrize("reader", [read_ids, read_class_names])
+def test_a_list_in_utf_16_is_refused_by_its_encoding(tmp_path, reader):
+    for encoding in ("utf-16", "utf-16-le"):
+        (tmp_path / "list.txt").write_text("sky\nroad\n", encoding=encoding)
+        with pytest.raises(InputError, match=r"list\.txt: .*; save it as UTF-8"):
+            reader(tmp_path / "list.txt")
+
+
+def test_a_path_that_is_too_long_is_not_there(tmp_path):
+    long = tmp_path / ("a" * 5000)
+    for read in (existing_folder, read_ids, read_class_names, read_image):
+        with pytest.raises(InputError, match="aaa"):
+            read(long)

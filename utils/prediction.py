@@ -1,6 +1,5 @@
 """Label maps of one's own pictures: a model rebuilt from its checkpoint, any picture format, any size."""
 
-import struct
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, count
@@ -13,7 +12,7 @@ from PIL import ExifTags, Image
 from PIL.Image import Transpose
 from tqdm import tqdm
 
-from datasets.files import FULL_SCALE, UNREADABLE, read_image
+from datasets.files import FULL_SCALE, UNREADABLE, is_file, is_folder, read_image
 from network import build_model
 from network._deeplab import DeepLab
 from network.fold import folded
@@ -71,9 +70,9 @@ def list_pictures(source: str | Path) -> list[Path]:
     Raises InputError for a path that does not exist and for a folder without pictures.
     """
     source = Path(source)
-    if source.is_file():
+    if is_file(source):
         return [source]
-    if not source.is_dir():
+    if not is_folder(source):
         raise InputError(f"--input {source}: there is no such file or folder")
     paths = [path for path in source.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
     paths = sorted(path for path in paths if not path.name.startswith("."))
@@ -98,7 +97,7 @@ def _turn_upright(picture: Image.Image) -> Image.Image:
     picture.load()  # turns a TIFF by itself
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    except (*UNREADABLE, struct.error):
+    except UNREADABLE:
         return picture  # broken EXIF data, as viewers have it too
     return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
 
