@@ -21,7 +21,7 @@ from datasets.stats import choose_samples, class_statistics, format_statistics, 
 from datasets.voc import SegmentationDataset
 from network import sam_report
 from utils.checkpoint import require_classes
-from utils.cli import Parser, exit_codes, number
+from utils.cli import Parser, any_path, exit_codes, number
 from utils.engine import choose_amp, choose_device, predict
 from utils.errors import InputError
 from utils.metrics import image_iou
@@ -62,8 +62,12 @@ def get_parser() -> argparse.ArgumentParser:
 
     command = add(predict_any, "predict", "id masks, overlays and class shares of any pictures")
     add_models(command)
-    command.add_argument("--input", required=True, metavar="PATH", help="a picture, or a folder of them")
-    command.add_argument("--out", default="results/predict", metavar="DIR", help="where masks/ and overlays/ go")
+    command.add_argument(
+        "--input", type=any_path, required=True, metavar="PATH", help="a picture, or a folder of them"
+    )
+    command.add_argument(
+        "--out", type=any_path, default="results/predict", metavar="DIR", help="where masks/ and overlays/ go"
+    )
     command.add_argument(
         "--tile", type=int, default=TILE, metavar="N", help="larger pictures go in tiles of this side"
     )
@@ -72,13 +76,17 @@ def get_parser() -> argparse.ArgumentParser:
     command = add(sam, "sam", "Segment Anything's masks, and a prediction that takes its outlines from them")
     add_data(command, num=5, out="results/sam.png")
     add_models(command, required=False)
-    command.add_argument("--input", metavar="PATH", help="a picture, or a folder of them, instead of a data set")
+    command.add_argument(
+        "--input", type=any_path, metavar="PATH", help="a picture, or a folder of them, instead of a data set"
+    )
     sam_report.add_flags(command)
 
     command = add(report, "report", "one HTML file of runs: options, scores, curves and pictures")
     add_runs(command, out="results/report.html")
     command.add_argument("--num", type=number(int, 1), default=5, metavar="N", help="images to compare")
-    command.add_argument("--data_root", metavar="DIR", help="where the data are, if no longer where they were")
+    command.add_argument(
+        "--data_root", type=any_path, metavar="DIR", help="where the data are, if no longer where they were"
+    )
     command.add_argument(
         "--device", default="auto", metavar="NAME", help="auto: cuda where there is one, otherwise cpu"
     )
@@ -90,7 +98,7 @@ def add_data(
 ) -> None:
     """The flags that say which data; with `num` those that choose images, with `out` the file to write."""
     parser.add_argument("--dataset", choices=DATASETS, default="voc", help="shapes is generated at its first use")
-    parser.add_argument("--data_root", default="datasets/data", metavar="DIR", help="as for main.py")
+    parser.add_argument("--data_root", type=any_path, default="datasets/data", metavar="DIR", help="as for main.py")
     parser.add_argument("--year", choices=["2012", "2012_aug"], default="2012", help="of voc")
     every = {} if split else {"nargs": "+"}
     parser.add_argument("--split", default=split, metavar="LIST", help="in ImageSets/Segmentation", **every)
@@ -102,11 +110,13 @@ def add_data(
         parser.add_argument("--num", type=number(int, 1), default=num or None, metavar="N", help=text)
         parser.add_argument("--ids", nargs="+", metavar="ID", help="these images instead")
     if out:
-        parser.add_argument("--out", default=out, metavar="FILE", help="the picture to write")
+        parser.add_argument("--out", type=any_path, default=out, metavar="FILE", help="the picture to write")
 
 
 def add_models(parser: argparse.ArgumentParser, *, nargs: str | None = None, required: bool = True) -> None:
-    parser.add_argument("--ckpt", required=required, nargs=nargs, metavar="FILE", help="written by main.py")
+    parser.add_argument(
+        "--ckpt", type=any_path, required=required, nargs=nargs, metavar="FILE", help="written by main.py"
+    )
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto: cuda where there is one, otherwise cpu"
     )
@@ -115,7 +125,7 @@ def add_models(parser: argparse.ArgumentParser, *, nargs: str | None = None, req
 
 def add_runs(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, as main.py leaves them")
-    parser.add_argument("--out", default=out, metavar="FILE", help="the file to write")
+    parser.add_argument("--out", type=any_path, default=out, metavar="FILE", help="the file to write")
 
 
 def open_data(opts: argparse.Namespace, lists: Path | None = None) -> SegmentationDataset:

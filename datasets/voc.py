@@ -6,12 +6,14 @@ A mask is a palette PNG whose pixel values are class ids; 255 is void: it is nei
 The data set owns its class names, their count, its colours and its image ids; nobody else writes them down.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision import tv_tensors
+from tqdm import tqdm
 
 from datasets.download import download_voc
 from datasets.files import (
@@ -23,7 +25,7 @@ from datasets.files import (
     read_size,
     require_one_size,
 )
-from utils.errors import InputError
+from utils.errors import InputError, SampleError
 
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -99,12 +101,42 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         self.require_images()
-        image, mask = self.image(index), self.mask(index)
-        require_one_size(image, mask, self.masks[index])
+        image, mask = self._pair(index)
         image, mask = tv_tensors.Image(image), tv_tensors.Mask(mask)
         if self.transform is not None:
             image, mask = self.transform(image, mask, epoch=epoch, index=index)
         return image, mask
+
+    def _pair(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            image, mask = self.image(index), self.mask(index)
+            require_one_size(image, mask, self.masks[index])
+        except InputError as error:
+            raise SampleError(str(error)) from None
+        return image, mask
+
+    def bad_samples(self) -> dict[int, str]:
+        """The indices of the samples that cannot be used, and why: each file is read once."""
+
+        def problem(index: int) -> str | None:
+            try:
+                self._pair(index)
+            except SampleError as error:
+                return str(error)
+
+        with ThreadPoolExecutor() as pool:  # Pillow reads outside Python's lock
+            problems = pool.map(problem, range(len(self)))
+            bar = tqdm(problems, total=len(self), desc="checking", unit="pair", disable=None)
+            return {index: text for index, text in enumerate(bar) if text}
+
+    def leave_out(self, indices: Iterable[int]) -> None:
+        """Takes samples off the split. Raises InputError if that leaves none."""
+        kept = sorted(set(range(len(self))) - set(indices))
+        if not kept:
+            raise InputError(f"{self.folder}: not one of the {len(self)} samples of this split can be used; mend it")
+        for name in ("ids", "images", "masks"):
+            values = getattr(self, name)
+            setattr(self, name, [values[index] for index in kept])
 
     def image(self, index: int) -> torch.Tensor:
         """The picture as it is, uint8 RGB `[3, H, W]`."""

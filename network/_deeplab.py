@@ -4,6 +4,9 @@ Both take the backbone's features {"low_level": [B, L, H/4, W/4], "out": [B, F, 
 and differ by their head alone. Names of parameters are those of the published PyTorch checkpoints.
 """
 
+from typing import Self
+
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -45,6 +48,29 @@ class ASPPPooling(nn.Sequential):
         return upsample(super().forward(x), size)  # [B, out_channels, 1, 1] -> [B, out_channels, h, w]
 
 
+class ImageDropout(nn.Dropout):
+    """Dropout whose mask for an image depends on a seed and on the image's place in the batch of the step alone: not
+    on how many processes share the batch, or in how many parts it is computed. Without a seed it is torch's own.
+    """
+
+    seed: tuple[int, ...] | None = None
+    place = 0  # of the next image
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.seed is None or not self.training:
+            return super().forward(x)
+        return x * self._mask(x) * (1 / (1 - self.p))
+
+    @torch.compiler.disable
+    def _mask(self, x: torch.Tensor) -> torch.Tensor:
+        mask, generator = torch.empty_like(x), torch.Generator(x.device)
+        for image in mask:
+            stream = np.random.SeedSequence((*self.seed, self.place)).generate_state(1)
+            image.bernoulli_(1 - self.p, generator=generator.manual_seed(int(stream[0])))
+            self.place += 1
+        return mask
+
+
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (1706.05587, section 3.3): a 1x1 convolution, one 3x3 convolution per
     atrous rate and image pooling side by side, concatenated and projected. `[B, F, h, w]` to
@@ -60,7 +86,9 @@ class ASPP(nn.Module):
                 ASPPPooling(in_channels, out_channels),
             ]
         )
-        self.project = nn.Sequential(*conv_bn_relu(len(self.convs) * out_channels, out_channels, 1), nn.Dropout(0.1))
+        self.project = nn.Sequential(
+            *conv_bn_relu(len(self.convs) * out_channels, out_channels, 1), ImageDropout(0.1)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         branches = torch.cat([conv(x) for conv in self.convs], dim=1)  # [B, 5 * out_channels, h, w]
@@ -104,7 +132,14 @@ class DeepLabHeadPlus(nn.Module):
 
 
 class DeepLab(nn.Module):
-    """A backbone and a head: float `[B, 3, H, W]`, normalised, of any H and W, to logits `[B, C, H, W]`."""
+    """A backbone and a head: float `[B, 3, H, W]`, normalised, of any H and W, to logits `[B, C, H, W]`.
+
+    `freeze_bn`: in training, too, batch norms use the running statistics that they have and leave them alone; their
+    scale and shift are trained as before (Chen et al. 2017, arXiv 1706.05587, section 4.1, where it is the second
+    half of the training).
+    """
+
+    freeze_bn = False
 
     def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
@@ -118,6 +153,20 @@ class DeepLab(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.classifier(self.backbone(x))
         return upsample(logits.float(), x.shape[-2:])  # in bfloat16 neighbouring logits would tie
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.freeze_bn:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def seed_dropout(self, *seed: int, place: int = 0) -> None:
+        """Decides the dropout of the next step's images, of which the first has that place in the whole batch."""
+        for module in self.modules():
+            if isinstance(module, ImageDropout):
+                module.seed, module.place = seed, place
 
 
 def init_weights(head: nn.Module) -> None:

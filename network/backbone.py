@@ -10,8 +10,9 @@ from torchvision import models
 # torchvision's own segmentation models tap their backbones with it, and parameter names stay as published.
 from torchvision.models._utils import IntermediateLayerGetter
 
-from utils.checkpoint import load_file
+from utils.checkpoint import load_file, misfits
 from utils.errors import InputError
+from utils.published import download, weights_in
 
 
 class Backbone(NamedTuple):
@@ -43,38 +44,32 @@ def mobilenet_v3(name: str, *, output_stride: int, backbone_weights: str) -> Bac
 def load_backbone(network: nn.Module, source: str, imagenet: models.WeightsEnum) -> None:
     """Loads "imagenet", a file, or, for "none", nothing into a torchvision classification network.
 
-    The classification layer is left out, whatever its number of classes. Raises InputError for a failed
-    download and for weights that are not the network's.
+    A file has torchvision's names, which are timm's for the plain ResNets too, or it is a DeepLab whose backbone
+    is such a network. The classification layer is left out, whatever its number of classes. Raises InputError for
+    a failed download and for weights that are not the network's.
     """
     if source == "none":
         return
-    state = download(imagenet) if source == "imagenet" else load_file(Path(source), "--backbone_weights")
+    where = f"--backbone_weights {source}"
+    if source == "imagenet":
+        instead = "give --backbone_weights FILE, or none to start from random weights"
+        state = download(imagenet, where=where, instead=instead)
+    else:
+        state = _of_segmentation(network, weights_in(load_file(Path(source), "--backbone_weights"), where))
     unused = ("fc.", "classifier.")  # the ImageNet classifier of a ResNet and of a MobileNet
     state = {name: value for name, value in state.items() if not name.startswith(unused)}
     own = {name: value for name, value in network.state_dict().items() if not name.startswith(unused)}
-    counters = {name for name in own if name.endswith("num_batches_tracked")}  # older files have none
-    wrong = [name for name in own if name not in state.keys() | counters]
-    wrong += [name for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
-    wrong += [name for name in state if name not in own]
-    if wrong:
-        kind = type(network).__name__
+    if wrong := misfits(own, state):
+        name, why = next(iter(wrong.items()))
         raise InputError(
-            f"--backbone_weights {source}: not the weights of this {kind} ({wrong[0]} is missing, unknown or of "
-            f"another shape; {len(wrong)} in all); give a state dict of torchvision's network"
+            f"{where}: not the weights of this {type(network).__name__} ({name}: {why}; {len(wrong)} such tensors in "
+            "all); give a state dict of torchvision's network, or of timm's plain ResNet"
         )
     network.load_state_dict(state, strict=False)
 
 
-def download(imagenet: models.WeightsEnum) -> dict[str, torch.Tensor]:
-    """torchvision's weights, from its cache where they are there. Raises InputError if they cannot be had."""
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(imagenet.url).name
-    was_there = cached.is_file()
-    try:
-        return imagenet.get_state_dict(progress=True, check_hash=True)
-    except Exception as error:  # no network, a wrong hash, or anything that a damaged file raises
-        if was_there:
-            raise InputError(f"--backbone_weights imagenet: {cached} is damaged; delete it and run again") from None
-        raise InputError(
-            f"--backbone_weights imagenet: {imagenet.url} could not be downloaded ({error}); put the file into "
-            f"{cached.parent}, or give --backbone_weights FILE, or none to start from random weights"
-        ) from None
+def _of_segmentation(network: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The backbone alone, where the weights are a whole DeepLab's, under the network's names."""
+    inside = "features." if isinstance(network, models.MobileNetV3) else ""
+    of_backbone = {name: value for name, value in state.items() if name.startswith("backbone.")}
+    return {inside + name.removeprefix("backbone."): value for name, value in of_backbone.items()} or state

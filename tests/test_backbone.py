@@ -2,6 +2,7 @@ import math
 from pathlib import Path
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from torchvision import models
@@ -61,6 +62,66 @@ def published(name):
     """A state dict as the files of torchvision's first ImageNet weights have it: without batch norms' counters."""
     state = models.get_model(name).state_dict()
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *(("mobilenet_v3_large", how) for how in ("state_dict", "model", "module.", "safetensors", "DeepLab")),
+        ("resnet50", "DeepLab"),
+        ("resnet50", "safetensors"),
+    ],
+)
+def test_weights_are_found_in_the_usual_wrappers(tmp_path, name, how):
+    from safetensors.torch import save_file
+
+    inside = "features." if name.startswith("mobilenet") else ""
+    state, path = (
+        models.get_model(name).state_dict(),
+        tmp_path / ("w.safetensors" if how == "safetensors" else "w.pth"),
+    )
+    if how == "safetensors":
+        save_file(state, path)
+    elif how == "module.":
+        torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    elif how == "DeepLab":
+        deeplab = build_model(f"deeplabv3plus_{name}", num_classes=2).state_dict()
+        torch.save({"model_state": deeplab, "best_score": np.float64(0.5)}, path)
+        state = {inside + key.removeprefix("backbone."): value for key, value in deeplab.items()}
+    else:
+        torch.save({how: state, "epoch": 3}, path)
+    ours = build_model(f"deeplabv3_{name}", num_classes=3, backbone_weights=str(path)).backbone.state_dict()
+    assert ours and all(torch.equal(value, state[inside + key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("other", "fault"),
+    [
+        ("resnext50_32x4d", r"layer1\.0\.conv1\.weight: shape \[128, 64, 1, 1\] against \[64, 64, 1, 1\]"),
+        ("wide_resnet50_2", r"layer1\.0\.conv1\.weight: shape \[128, 64, 1, 1\] against \[64, 64, 1, 1\]"),
+        ("resnet101", r"layer3\.6\.conv1\.weight: unknown"),
+        ("resnet34", r"layer1\.0\.conv1\.weight: shape"),
+        ("resnet50d", r"conv1\.weight: absent"),
+    ],
+)
+def test_relatives_of_resnet_50_are_refused_by_what_differs(tmp_path, other, fault):
+    with torch.device("meta"):
+        state = models.get_model("resnet50" if other == "resnet50d" else other).state_dict()
+    state = {name: torch.zeros(()).expand(value.shape) for name, value in state.items()}
+    if other == "resnet50d":  # timm's deep stem
+        state = {"conv1.0.weight" if name == "conv1.weight" else name: value for name, value in state.items()}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=rf"w\.pth: not the weights of this ResNet \({fault}") as error:
+        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
+    assert "\n" not in str(error.value)
+
+
+def test_file_of_anything_else_is_refused(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(
+        InputError, match=r"--backbone_weights .*w\.pth: holds no state dict, for 'epoch' in it is no"
+    ):
+        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
 
 
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v3_large"])

@@ -42,6 +42,8 @@ def test_save_that_fails_leaves_the_earlier_checkpoint(tmp_path):
 def test_missing_file_is_refused_never_ignored(tmp_path):
     with pytest.raises(InputError, match=r"--ckpt .*typo\.pth: there is no such file"):
         load_checkpoint(tmp_path / "typo.pth")
+    with pytest.raises(InputError, match=r"--ckpt n+: there is no such file"):
+        load_checkpoint("n" * 300)
 
 
 class Malicious:
@@ -90,8 +92,8 @@ def test_damaged_files_are_refused_whatever_is_damaged(tmp_path):
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
-    torch.save({"model": {}}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"not a checkpoint of main\.py, it lacks best_itr"):
+    torch.save({"model_state": {}, "options": {}}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"not a checkpoint of main\.py, it lacks best_itr, .*, scores"):
         load_checkpoint(tmp_path / "a.pth")
     torch.save([1, 2], tmp_path / "b.pth")
     with pytest.raises(InputError, match=r"--backbone_weights .*b\.pth: holds a list"):
@@ -107,8 +109,15 @@ def test_other_classes_are_refused_with_both_lists():
 def test_weights_of_another_model_are_refused():
     state = build_model("deeplabv3_mobilenet_v3_large", num_classes=2).state_dict()
     model = build_model("deeplabv3plus_mobilenet_v3_large", num_classes=2)
-    with pytest.raises(InputError, match=r"a\.pth: its weights do not fit"):
+    fault = r"a\.pth: its weights do not fit the model \(classifier\.project\.0\.weight: absent; \d+ such"
+    with pytest.raises(InputError, match=fault):
         load_model_state(model, complete(model_state=state), "a.pth")
+
+
+@pytest.mark.parametrize("state", [0, None, {}, {"w": 3}, {3: torch.zeros(1)}])
+def test_weights_that_are_none_are_refused(state):
+    with pytest.raises(InputError, match=r"--ckpt a\.pth: holds no state dict"):
+        load_model_state(torch.nn.Linear(2, 1), complete(model_state=state), "a.pth")
 
 
 def training_state(lr=0.1, make=lambda optimizer: lr_scheduler.StepLR(optimizer, 3, 0.5)):

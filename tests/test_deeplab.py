@@ -3,7 +3,7 @@ import torch
 from torchvision.models.segmentation import deeplabv3_resnet50
 
 from network import MODELS, build_model
-from network._deeplab import ASPP, ASPPConv, ASPPPooling, DeepLabHead, DeepLabHeadPlus
+from network._deeplab import ASPP, ASPPConv, ASPPPooling, DeepLabHead, DeepLabHeadPlus, ImageDropout
 from utils.errors import InputError
 from utils.loss import cross_entropy
 
@@ -153,3 +153,37 @@ def test_one_batch_is_overfitted(name):
     valid = target != 255
     assert loss.item() < 0.2
     assert (logits.argmax(dim=1) == target)[valid].float().mean() > 0.95
+
+
+def test_frozen_batch_norms_survive_train():
+    model = build_model("deeplabv3plus_mobilenet_v3_large", num_classes=3)
+    model.freeze_bn = True
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    before = {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()}
+    model.eval().train()
+    assert model.training and not any(norm.training for norm in norms.values())
+    model(torch.randn(1, 3, 33, 33)).square().mean().backward()  # a batch of one, too
+    for name, norm in norms.items():
+        assert torch.equal(norm.running_mean, before[name][0]) and torch.equal(norm.running_var, before[name][1])
+        assert norm.weight.grad.isfinite().all() and norm.bias.grad.abs().sum() > 0
+    model.freeze_bn = False
+    assert all(norm.training for norm in norms.values() if model.train())
+
+
+def test_dropout_of_an_image_goes_by_its_place_in_the_whole_batch():
+    dropout, x = ImageDropout(0.1), torch.ones(6, 40, 9, 9).to(memory_format=torch.channels_last)
+    dropout.seed, dropout.place = (1, 7), 0
+    whole = dropout(x)
+    assert 0.08 < (whole == 0).float().mean() < 0.12  # of 19,440 values
+    torch.testing.assert_close(whole[whole != 0].unique(), torch.tensor([1 / 0.9]))
+    assert len({image.numpy().tobytes() for image in whole}) == 6
+    dropout.place = 2  # of a process whose share begins there, in two parts
+    assert torch.equal(torch.cat([dropout(x[2:3]), dropout(x[3:5])]), whole[2:5])
+    dropout.seed, dropout.place = (1, 8), 0
+    assert not torch.equal(dropout(x), whole)
+    assert torch.equal(dropout.eval()(x), x)
+    dropout.train().seed = None
+    torch.manual_seed(0)
+    first = dropout(x)
+    torch.manual_seed(0)
+    assert torch.equal(torch.nn.functional.dropout(x, 0.1), first)

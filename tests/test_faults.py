@@ -9,17 +9,21 @@ import resource
 import shutil
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import main
+from datasets import build_dataset
 from tests.conftest import ROOT, TINY, write_voc_layout
 from tests.test_checkpoint import Malicious, complete
 from tests.test_resume import history, same
 from utils.atomic import keep_as
 from utils.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from utils.errors import InputError, SampleError
 
 KILLS = int(os.environ.get("SEG_KILLS", "3"))
 
@@ -270,6 +274,128 @@ def test_weights_that_are_not_finite_are_never_saved(runs, half, refused, start,
     assert_whole(half, 4)
     start("--total_itrs", 6, "--continue_training")
     assert_same_run(half, runs / "whole")
+
+
+# --- samples that cannot be used ---
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def bomb(path):
+    """40,000 by 40,000 pixels in 200 bytes: a header that promises them."""
+    data = bytearray((path.parent.parent / "SegmentationClass/a1.png").read_bytes())
+    data[16:24] = (40_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+def enlarge(path):
+    Image.open(path).resize((90, 90)).save(path)
+
+
+def stray(path):
+    mask = Image.open(path)
+    mask.putpixel((0, 0), 77)
+    mask.save(path)
+
+
+BAD = [
+    ("JPEGImages/a2.jpg", halve, "cannot be read as a picture"),
+    ("JPEGImages/a2.jpg", lambda path: path.write_bytes(b""), "it is empty"),
+    ("JPEGImages/a2.jpg", bomb, "cannot be read as a picture"),
+    ("JPEGImages/a2.jpg", lambda path: path.write_text("no picture"), "cannot be read as a picture"),
+    ("SegmentationClass/a2.png", halve, "cannot be read as a mask"),
+    ("SegmentationClass/a2.png", enlarge, "must be of one size"),
+    ("SegmentationClass/a2.png", stray, "value 77 is neither a class"),
+]
+
+
+@pytest.fixture
+def data(runs, tmp_path):
+    """The data again, to be damaged, with two more training samples."""
+    splits = {"train": [f"a{number}" for number in range(1, 7)], "val": ["b1", "b2", "b3"]}
+    return write_voc_layout(tmp_path / "data", splits, class_names=["sky", "road", "tree", "car"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("name", "damage", "words"), BAD[:1] + BAD[-1:])
+def test_a_sample_that_goes_bad_is_named_and_what_was_trained_is_saved(
+    data, start, refused, tmp_path, monkeypatch, workers, name, damage, words
+):
+    flags = ("--data_root", data, "--num_workers", workers, "--val_interval", 9, "--total_itrs", 9)
+    with monkeypatch.context() as patch:  # three iterations are an epoch: in the second one it is met for sure
+        before(patch, "accumulate", 3, lambda *_: damage(data / name))
+        line = refused(*flags)
+    assert str(data / name) in line and words in line and "--skip_bad" in line
+    itr = load_checkpoint(tmp_path / "a/latest.pth")["cur_itrs"]
+    assert 3 <= itr <= 6 and f"latest.pth is of iteration {itr}, and --continue_training goes on" in line
+    _, out = start(*flags, "--continue_training", "--skip_bad")
+    assert f"left out: {data / name}: " in out and words in out
+    assert "train: 1 of 6 samples left out" in out and "val: 0 of 3 samples left out" in out
+    assert f"Itrs {itr + 1}/9" in out and "Itrs 9/9" in out
+    assert "left out: " in (tmp_path / "a/log.txt").read_text()
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), BAD)
+def test_bad_samples_are_refused_by_name_or_left_out_and_counted(data, name, damage, words):
+    damage(data / name)
+    dataset = build_dataset("folder", data, "train")
+    with pytest.raises(SampleError, match=words) as caught:
+        dataset[1]
+    bad = dataset.bad_samples()
+    assert bad == {1: str(caught.value)} and str(data / name) in bad[1]
+    dataset.leave_out(bad)
+    assert dataset.ids == ["a1", "a3", "a4", "a5", "a6"] and len(dataset) == 5
+    assert [path.stem for path in (*dataset.images, *dataset.masks)] == dataset.ids * 2
+    assert len([dataset[index] for index in range(len(dataset))]) == 5
+    with pytest.raises(InputError, match="not one of the 5 samples of this split can be used"):
+        dataset.leave_out(range(5))
+
+
+def test_validation_leaves_bad_samples_out(data, start, tmp_path):
+    flags = ("--data_root", data, "--test_only", "--ckpt", tmp_path / "a/latest.pth")
+    start("--data_root", data, "--total_itrs", 1)
+    halve(data / "JPEGImages/b2.jpg")
+    _, out = start(*flags, "--skip_bad")
+    assert "val: 1 of 3 samples left out" in out
+    rows = (tmp_path / "a/test_val/images.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["image", "b1", "b3"]
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_says_what_to_lower_and_saves(runs, half, start, refused, monkeypatch, error):
+    def exhaust(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        before(patch, "accumulate", 2, exhaust)
+        line = refused("--total_itrs", 6, "--continue_training")
+    assert "memory does not suffice for 2 crops of 33 pixels at a time: lower --batch_size" in line
+    assert "latest.pth is of iteration 5, and --continue_training goes on" in line
+    assert_whole(half, 5)
+    start("--total_itrs", 6, "--continue_training")
+    assert_same_run(half, runs / "whole")
+
+
+def test_too_little_memory_at_the_first_step_leaves_nothing(refused, tmp_path, monkeypatch):
+    def exhaust(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    before(monkeypatch, "accumulate", 1, exhaust)
+    line = refused("--total_itrs", 6, "--batch_size", 4)
+    assert "for 4 crops of 33 pixels at a time: give --grad_accum 2, lower --crop_size, or give --amp auto" in line
+    assert not (tmp_path / "a").exists()
 
 
 # --- a kill ---

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.distributed import World
 from utils.metrics import LABELS, BoundaryIoU, occurrences
 from utils.run import SCORE_COLUMNS, peak_memory_mb, write_csv, write_text
 
@@ -46,6 +47,14 @@ class Card:
         if self.also is not None:
             self.also(indices, images, masks, predictions)
         self._not_counted += self._clock() - began
+
+    def share(self, world: World) -> None:
+        """Brings together what the processes of a job collected, in all of them."""
+        counts = torch.cat(self._counts) if self._counts else torch.zeros(0, 3, self.num_classes, dtype=torch.int64)
+        gathered = world.gather((self._indices, counts.cpu()))
+        self._indices = [index for indices, _ in gathered for index in indices]
+        self._counts = [counts for _, counts in gathered]
+        world.sum(self._boundary.counts)
 
     def compute(self) -> dict:
         """The figures, to be asked for right after the evaluation, for its time is taken now.

@@ -6,17 +6,23 @@ import pickle
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from datasets.files import is_file, is_folder
 from datasets.voc import SegmentationDataset
 from utils.atomic import keep_as, replacing
 from utils.errors import InputError
 from utils.metrics import RunningMean
+from utils.published import convert, download_torchvision, model_of, unnamed, weights_in
 
 KEYS = {"model_state", "optimizer_state", "scheduler_state", "scaler_state", "cur_itrs", "best_score"}
-KEYS |= {"best_itr", "scores", "options", "class_names", "palette"}
+OURS_ALONE = {"best_itr", "scores", "options", "class_names", "palette"}  # files of others have none of these
+KEYS |= OURS_ALONE
+COUNTERS = "num_batches_tracked"  # of batch norms: unused where the momentum is set, and older files have none
 
 
 @dataclass
@@ -119,17 +125,19 @@ def previous_of(path: Path) -> Path:
 
 
 def load_file(path: Path, flag: str) -> dict:
-    """A file that `torch.save` wrote, on the CPU: tensors and builtins only, for other content could be code.
+    """What is in a file of `torch.save` or in a `.safetensors` file, on the CPU: tensors and builtins only, for other
+    content could be code. A float of numpy's, as scores often are, comes as one of Python's.
 
     Raises InputError, naming the flag that gave the file.
     """
-    if path.is_dir():
+    if is_folder(path):
         raise InputError(f"{flag} {path}: is a folder; name the file in it, such as best.pth")
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{flag} {path}: there is no such file")
     try:
-        with warnings.catch_warnings(action="ignore"):  # about pickle protocols: it loads, or it is refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except ImportError:
+        raise InputError(f"{flag} {path}: takes the package safetensors; pip install safetensors") from None
     except pickle.UnpicklingError:
         raise InputError(f"{flag} {path}: holds more than tensors and builtins, or is no checkpoint") from None
     except Exception as error:  # a damaged file can raise anything
@@ -139,13 +147,48 @@ def load_file(path: Path, flag: str) -> dict:
     return content
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of this project. Raises InputError for a missing, damaged or foreign file."""
-    checkpoint = load_file(Path(path), "--ckpt")
-    missing = sorted(KEYS - checkpoint.keys())
-    if missing:
-        raise InputError(f"--ckpt {path}: not a checkpoint of main.py, it lacks {', '.join(missing)}")
-    return checkpoint
+def _load_safetensors(path: Path) -> dict:
+    from safetensors.torch import load_file as load  # Segment Anything needs it, the rest does not
+
+    return load(path)
+
+
+def _load_pickle(path: Path) -> Any:
+    scalar = [(_float64, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]  # numpy 2 and numpy 1
+    allowed = torch.serialization.safe_globals([*scalar, np.dtype, type(np.dtype(np.float64))])
+    with allowed, warnings.catch_warnings(action="ignore"):  # about pickle protocols: it loads, or it is refused
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _float64(dtype: np.dtype, content: bytes) -> float:
+    """In the place of numpy's own function, which makes scalars of any type."""
+    if dtype != np.float64 or len(content) != dtype.itemsize:
+        raise pickle.UnpicklingError("no float64")
+    return np.frombuffer(content, dtype).item()
+
+
+def load_checkpoint(path: str | Path, *, flag: str = "--ckpt", model: str | None = None) -> dict:
+    """A checkpoint of this project, or a published one as `utils.published.convert` makes it, with a key `published`.
+
+    path: a file, or the word "torchvision" for its weights of `model` (None: DeepLabV3 ResNet-50), downloaded.
+    Raises InputError for a missing or damaged file and for weights that no model here has.
+    """
+    if str(path) == "torchvision":
+        return download_torchvision(model, flag)
+    content = load_file(Path(path), flag)
+    missing = sorted(KEYS - content.keys())
+    if missing and OURS_ALONE & content.keys():
+        raise InputError(f"{flag} {path}: not a checkpoint of main.py, it lacks {', '.join(missing)}")
+    return convert(content, f"{flag} {path}") if missing else content
+
+
+def require_training_state(checkpoint: dict, path: str) -> None:
+    """Raises InputError for a published checkpoint: training can start from it, not go on."""
+    if source := checkpoint.get("published"):
+        raise InputError(
+            f"--ckpt {path}: has weights alone ({source}), no state of training to go on from; leave "
+            "--continue_training out, and training starts from these weights"
+        )
 
 
 def load_newest(path: Path) -> tuple[Path, dict, InputError | None]:
@@ -166,20 +209,72 @@ def load_newest(path: Path) -> tuple[Path, dict, InputError | None]:
 
 
 def require_classes(theirs: list[str], class_names: list[str], path: str) -> None:
-    """Raises InputError, naming both lists, unless the classes of the checkpoint are those of the data set."""
+    """Raises InputError, naming both lists, unless the classes of the checkpoint are those of the data set.
+
+    Of a published checkpoint without names only the number of classes must be the data set's.
+    """
+    nameless = list(theirs) == unnamed(len(theirs))
+    if nameless and len(theirs) == len(class_names):
+        return
     if theirs != list(class_names):
+        named = "unknown names" if nameless else ", ".join(theirs)
         raise InputError(
-            f"--ckpt {path}: was trained on {len(theirs)} classes ({', '.join(theirs)}), but the data set has "
-            f"{len(class_names)} ({', '.join(class_names)}); give the data set that it was trained on"
+            f"--ckpt {path}: was trained on {len(theirs)} classes ({named}), but the data set has "
+            f"{len(class_names)} ({', '.join(class_names)}); give the data set that it was trained on, or "
+            "train on this one with --init_from"
         )
 
 
-def load_model_state(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
+def load_model_state(model: nn.Module, checkpoint: dict, path: str) -> None:
     """Loads the weights. Raises InputError if they are not this model's."""
-    try:
-        model.load_state_dict(checkpoint["model_state"])
-    except RuntimeError as error:
-        raise InputError(f"--ckpt {path}: its weights do not fit the model ({_first_line(error)})") from None
+    state = weights_in({"model_state": checkpoint["model_state"]}, f"--ckpt {path}")
+    if wrong := misfits(model.state_dict(), state):
+        name, why = next(iter(wrong.items()))
+        raise InputError(
+            f"--ckpt {path}: its weights do not fit the model ({name}: {why}; {len(wrong)} such tensors in all)"
+        )
+    model.load_state_dict(state, strict=False)  # older files lack the counters of batch norms
+
+
+def misfits(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> dict[str, str]:
+    """What is wrong with given weights, by name: of the model's own, absent or of another shape; or unknown to it."""
+    wrong = {}
+    for name, value in own.items():
+        if name not in given:
+            wrong |= {} if name.endswith(COUNTERS) else {name: "absent"}
+        elif given[name].shape != value.shape:
+            wrong[name] = f"shape {list(given[name].shape)} against {list(value.shape)}"
+    return wrong | {name: "unknown" for name in given if name not in own}
+
+
+def init_from(model: nn.Module, path: str | Path) -> list[str]:
+    """`--init_from`: loads what fits by name and shape from any checkpoint that `load_checkpoint` reads, whatever its
+    classes and its head. The rest stays as it is.
+
+    Returns lines for the log: how much was taken, each tensor that was not and why, how many of the file are unused.
+    Raises InputError if nothing of the backbone fits; the model is then as it was.
+    """
+    own = model.state_dict()
+    name = model_of(own)
+    of_torchvision = name.replace("deeplabv3plus", "deeplabv3") if name else None  # it has V3 alone
+    checkpoint = load_checkpoint(path, flag="--init_from", model=of_torchvision)
+    given = weights_in({"model_state": checkpoint["model_state"]}, f"--init_from {path}")
+    wrong = misfits(own, given)
+    fitting = {name: value for name, value in given.items() if name not in wrong}
+    if not any(name.startswith("backbone.") and not name.endswith(COUNTERS) for name in fitting):
+        name, why = next(iter(wrong.items()))
+        raise InputError(
+            f"--init_from {path}: is of {model_of(given) or 'another network'}, and not one tensor fits the backbone "
+            f"({name}: {why}); give a checkpoint of the same backbone, or another --model"
+        )
+    model.load_state_dict(fitting, strict=False)
+    at_random = {name: why for name, why in wrong.items() if name in own}
+    unused = len(given) - len(fitting)
+    return [
+        f"{path}: {len(fitting)} of {len(own)} tensors of the model are taken, {unused} of the file's are not used",
+        *(note for note in checkpoint.get("notes", []) if note.startswith("left out")),
+        *(f"initialised at random: {name} ({why})" for name, why in at_random.items()),
+    ]
 
 
 def _first_line(error: Exception) -> str:

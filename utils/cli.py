@@ -7,11 +7,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Self
 
+from utils.distributed import ALONE, World
 from utils.errors import InputError
 
 
@@ -30,6 +31,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see --help)")
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # of which argparse of Python 3.11 makes a list
+                self.error(f"argument {word.removesuffix('=--')}: invalid value: '--'")
+        return super().parse_known_args(args, namespace)
+
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
     """An argparse type: an int or a float from `low` to `high`, both included; never infinite or NaN."""
@@ -42,6 +49,22 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
+
+
+def any_path(text: str) -> str:
+    """An argparse type: a path, there or not, that the system can take."""
+    try:
+        Path(text).exists()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text[:40]}...: {error.strerror}") from None
+    return text
+
+
+def inner_path(text: str) -> str:
+    """An argparse type: a name, or a path, that does not lead out of the folder that it is put into."""
+    if Path(text).is_absolute() or ".." in Path(text).parts or not Path(text).parts:
+        raise argparse.ArgumentTypeError(f"{text!r} leads elsewhere; give a name")
+    return any_path(text)
 
 
 def exit_codes(main: Callable) -> Callable:
@@ -69,11 +92,11 @@ class Interruption:
     """Inside, the first SIGTERM or SIGINT is noted, for the work to be left in order; another one ends the process
     at once, unless it follows within a second: a launcher and the system may both pass the same one on.
 
-    `signal` is its number, None before.
+    `signal` is its number, 0 before.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
-        self.signal: int | None = None
+        self.signal = 0
         self._warn = warn
 
     def __enter__(self) -> Self:
@@ -87,15 +110,16 @@ class Interruption:
             signal.signal(number, handler or signal.SIG_DFL)  # None: set outside Python
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal is None:
+        if not self.signal:
             self.signal, self._noted = number, time.monotonic()
         elif time.monotonic() - self._noted > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def check(self) -> None:
-        """Raises Interrupted after a signal."""
-        if self.signal is not None:
+    def check(self, world: World = ALONE) -> None:
+        """Raises Interrupted after a signal: in all processes of the job, whichever of them had it."""
+        self.signal = world.highest(self.signal)
+        if self.signal:
             name = signal.Signals(self.signal).name
             self._warn(f"{name}: saving; once more ends at once, without")
             raise Interrupted

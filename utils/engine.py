@@ -1,6 +1,7 @@
 """What a trained or half-trained model does with batches: predict and evaluate, on the device to the last."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -15,17 +16,27 @@ from datasets.files import VOID
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from network._deeplab import DeepLab
 from network.fold import folded
+from utils.distributed import ALONE, World
 from utils.errors import InputError
 from utils.metrics import ConfusionMatrix
 
 
-def choose_device(name: str) -> torch.device:
-    """`--device`: "auto" is CUDA where there is one and the CPU otherwise."""
+def choose_device(name: str, world: World = ALONE) -> torch.device:
+    """`--device`: "auto" is CUDA where there is one and the CPU otherwise. Of several processes each has a GPU of its
+    own, that of its local rank. Raises InputError for a device that cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world.size > 1 and name != "cpu":
+        if name != "cuda":
+            raise InputError(f"--device {name}: under torchrun each process chooses its GPU; give cuda or cpu")
+        if world.local_rank >= (count := torch.cuda.device_count()):
+            raise InputError(f"--nproc_per_node: there are {count} GPUs for {world.local_rank + 1} or more processes")
+        name = f"cuda:{world.local_rank}"
+        torch.cuda.set_device(name)
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of names that torch has for itself; refused or not
+            return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = (str(error).splitlines() or ["unknown"])[0]
         raise InputError(f"--device {name}: cannot be used here ({reason}); try --device cpu") from None
 
@@ -100,22 +111,28 @@ def accumulate(
     scaler: torch.amp.GradScaler,
     amp: torch.dtype | None,
     parts: int,
+    world: World = ALONE,
 ) -> torch.Tensor:
     """Adds the gradients of one step's batch, uint8 `[B, 3, H, W]` and `[B, H, W]`, to those that are there, in
     `parts` pieces for want of memory; returns the loss of the step, on the device.
 
-    Each piece counts by its valid pixels. So cross-entropy and focal loss, which are means over these, are those of
-    the whole step, however unevenly void is shared out; other losses rank or sum the pixels of a piece.
+    Of several processes each has its own part of the batch; the loss is that of the whole, and so are the gradients
+    where `forward` is of `world.replicated`. Each piece counts by its valid pixels. So cross-entropy and focal loss,
+    which are means over these, are those of the whole step, however unevenly void is shared out; other losses rank or
+    sum the pixels of a piece.
     """
-    total, valid = torch.zeros((), device=images.device), (targets != VOID).sum().clamp_min(1)
-    for some, their in zip(images.chunk(parts), targets.chunk(parts), strict=True):
-        with autocast(images.device, amp):
-            loss = criterion(forward(normalize(some)), their)
-        if parts > 1:
-            loss = loss * ((their != VOID).sum() / valid)
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
+    total = torch.zeros((), device=images.device)
+    valid = world.sum((targets != VOID).sum()).clamp_min(1)  # of the whole step
+    exchange_later = getattr(forward, "no_sync", contextlib.nullcontext)
+    for part, (some, their) in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True), 1):
+        with exchange_later() if part < parts else contextlib.nullcontext():
+            with autocast(images.device, amp):
+                loss = criterion(forward(normalize(some)), their)
+            if parts * world.size > 1:
+                loss = loss * ((their != VOID).sum() / valid)
+            scaler.scale(loss * world.size).backward()  # the exchange of gradients divides by it
+            total += loss.detach()
+    return world.sum(total)
 
 
 @contextlib.contextmanager
@@ -171,6 +188,11 @@ def predict(
     return scores.max(dim=1).indices.to(torch.uint8)  # max is many times faster than argmax on the CPU
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device, or the CPU, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def predict_in_parts(
     model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None, *, tta: Tta | None = None
 ) -> torch.Tensor:
@@ -224,17 +246,19 @@ def evaluate(
     amp: torch.dtype | None = None,
     tta: Tta | None = None,
     on_batch: Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+    quiet: bool = False,
 ) -> ConfusionMatrix:
     """The confusion matrix of a model over a loader whose batches are `(images, masks)`, uint8, as
     `SameSizeBatches` makes them.
 
     `on_batch(indices, images, masks, predictions)` sees each batch in that order: the indices in the data set, uint8
-    RGB `[B, 3, H, W]`, and uint8 class ids `[B, H, W]` twice, all on the model's device.
+    RGB `[B, 3, H, W]`, and uint8 class ids `[B, H, W]` twice, all on the model's device. `quiet`: without a bar.
     """
     device = model.device
     model = folded(model) if device.type == "cpu" else model  # on GPUs not measured
     confusion = ConfusionMatrix(num_classes, device)
-    bar = tqdm(loader, desc="validation", unit="batch", leave=False, dynamic_ncols=True, disable=None)
+    hidden = quiet or None  # None: where there is no terminal
+    bar = tqdm(loader, desc="validation", unit="batch", leave=False, dynamic_ncols=True, disable=hidden)
     with evaluating(model):
         for done, (indices, (images, masks)) in enumerate(zip(loader.batch_sampler, bar, strict=True), 1):
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)

@@ -6,4 +6,9 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A DataLoader worker raises it anew with its whole traceback for a message: keep the line that counts.
-        super().__init__(message.rsplit("InputError: ", 1)[-1].strip())
+        # And a value that holds a line break is told in one line, too.
+        super().__init__(" ".join(message.rsplit("InputError: ", 1)[-1].strip().splitlines()))
+
+
+class SampleError(InputError):
+    """A sample of a data set cannot be used."""

@@ -179,7 +179,7 @@ class BoundaryIoU:
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", dilation_ratio: float = 0.02) -> None:
         self.num_classes, self.dilation_ratio = num_classes, dilation_ratio
         # Pixels near an outline of both, of the target, of the prediction.
-        self._counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
 
     def update(self, target: torch.Tensor, prediction: torch.Tensor) -> None:
         """Adds pictures of one size, class ids `[..., H, W]`, uint8 or any integers in 0..255; target 255 is void.
@@ -195,11 +195,11 @@ class BoundaryIoU:
         near = [torch.where(boundary(ids, self.dilation_ratio), ids, VOID) for ids in (target, prediction)]
         near = [torch.where(near[0] == near[1], near[0], VOID), *near]
         counts = torch.stack([occurrences(ids.flatten(), LABELS) for ids in near])  # [3, 256]
-        self._counts += counts[:, : self.num_classes]
+        self.counts += counts[:, : self.num_classes]
 
     def compute(self) -> dict:
         """ "Mean Boundary IoU" and "Class Boundary IoU" in 0..1; absent classes as in `scores`."""
-        both, target, prediction = self._counts.double().cpu()
+        both, target, prediction = self.counts.double().cpu()
         class_iou = both / (target + prediction - both)  # 0 / 0 = NaN: in neither
         return {"Mean Boundary IoU": class_iou.nanmean().item(), "Class Boundary IoU": class_iou.tolist()}
 

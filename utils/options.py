@@ -5,10 +5,11 @@ from pathlib import Path
 
 from datasets import DATASETS
 from network import MODELS
-from utils.checkpoint import load_checkpoint, load_newest, previous_of
-from utils.cli import Parser, number
+from utils.checkpoint import load_checkpoint, load_newest, previous_of, require_training_state
+from utils.cli import Parser, any_path, inner_path, number
 from utils.engine import parse_tta
 from utils.errors import InputError
+from utils.export import DEFAULT_OPSET, OPSETS
 from utils.loss import CLASS_WEIGHTS, LOSSES
 from utils.run import Run
 
@@ -16,13 +17,14 @@ MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16}  # whe
 ABOUT_THE_DATA = ("dataset", "data_root", "year")
 # What may differ between two starts of one run without changing what it computes.
 ABOUT_THE_START = {"continue_training", "test_only", "ckpt", "download", "run_name", "run_dir", "num_workers"}
-ABOUT_THE_START |= {"print_interval", "enable_vis", "vis_port", "vis_env", "vis_num_samples", "backbone_weights"}
+ABOUT_THE_START |= {"print_interval", "enable_vis", "vis_port", "vis_env", "vis_num_samples"}
+ABOUT_THE_START |= {"backbone_weights", "init_from"}
 ABOUT_THE_TEST = {"tta": None, "eval_output_stride": None, "crop_val": False}  # with their defaults
 
 
 def default_run_name(opts: argparse.Namespace, checkpoint: dict | None) -> str:
-    known = checkpoint["options"] if checkpoint else vars(opts)
-    model, stride = (known[name] or default for name, default in MODEL_DEFAULTS.items())
+    known = checkpoint["options"] if checkpoint else {}
+    model, stride = (getattr(opts, name) or known.get(name, default) for name, default in MODEL_DEFAULTS.items())
     weights = "" if opts.class_weights == "none" else f"_{opts.class_weights}"
     return f"{model}_{opts.dataset}_os{stride}_{opts.loss_type}{weights}"
 
@@ -37,20 +39,32 @@ def folder_of_test(opts: argparse.Namespace) -> str:
     return f"test_{opts.val_split}{stride}{tta}" + (f"_crop{opts.crop_size}" if opts.crop_val else "")
 
 
-def require_fitting(opts: argparse.Namespace) -> None:
-    """Raises InputError for flags that do not go with each other."""
+def require_fitting(opts: argparse.Namespace, *, processes: int = 1) -> None:
+    """Raises InputError for flags that do not go with each other, or with so many processes."""
     if opts.test_only and opts.continue_training:
         raise InputError("--test_only: goes without --continue_training; leave one of them out")
-    part = opts.batch_size // opts.grad_accum
-    if part * opts.grad_accum != opts.batch_size:
+    part, rest = divmod(opts.batch_size, opts.grad_accum)
+    if rest:
         raise InputError(
             f"--grad_accum {opts.grad_accum}: does not divide --batch_size {opts.batch_size}; change one"
         )
-    if part == 1 and not opts.test_only:
+    part, rest = divmod(part, processes)
+    if rest and not opts.test_only:
         raise InputError(
-            f"--batch_size {opts.batch_size} --grad_accum {opts.grad_accum}: after the ASPP's global pooling, batch "
-            "normalisation would have one value a channel to take mean and deviation of; give 2 images or more a part"
+            f"--batch_size {opts.batch_size} --grad_accum {opts.grad_accum}: cannot be shared equally by {processes} "
+            f"processes; give a multiple of {opts.grad_accum * processes}"
         )
+    if part == 1 and not opts.test_only and not opts.freeze_bn:
+        share = f" over {processes} processes" if processes > 1 else ""
+        raise InputError(
+            f"--batch_size {opts.batch_size} --grad_accum {opts.grad_accum}{share}: after the ASPP's global pooling, "
+            "batch normalisation would have one value a channel to take mean and deviation of; give 2 images or more "
+            "a part, or --freeze_bn"
+        )
+    if opts.export and (not opts.ckpt or opts.test_only or opts.continue_training):
+        raise InputError("--export: takes a --ckpt, and neither --test_only nor --continue_training; change that")
+    if opts.init_from and (opts.ckpt or opts.test_only):
+        raise InputError("--init_from: starts a training, without --ckpt and --test_only; leave one of them out")
     if opts.class_weights != "none" and opts.loss_type == "lovasz_softmax":
         raise InputError(
             f"--class_weights {opts.class_weights}: lovasz_softmax weighs classes alike by itself; use none"
@@ -67,18 +81,19 @@ def settle_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
     """
     for name, default in MODEL_DEFAULTS.items():
         given, stored = getattr(opts, name), checkpoint["options"][name] if checkpoint else None
-        if checkpoint and given is not None and given != stored:
+        is_guess = checkpoint and name == "output_stride" and "published" in checkpoint  # such files do not tell
+        if checkpoint and given is not None and given != stored and not is_guess:
             raise InputError(f"--{name} {given}: contradicts {opts.ckpt}, which has {stored}; leave the flag out")
-        setattr(opts, name, stored or given or default)
+        setattr(opts, name, given or stored or default)
 
 
-def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
+def find_run(opts: argparse.Namespace, *, processes: int = 1) -> tuple[Run, dict | None]:
     """The folder to write to, and the checkpoint to begin with, None to begin from scratch.
 
     Fills in `opts.model`, `opts.output_stride`, `opts.run_name` and `opts.ckpt`.
     """
-    require_fitting(opts)
-    checkpoint = load_checkpoint(opts.ckpt) if opts.ckpt else None
+    require_fitting(opts, processes=processes)
+    checkpoint = load_checkpoint(opts.ckpt, model=opts.model) if opts.ckpt else None
     opts.run_name = opts.run_name or default_run_name(opts, checkpoint)
     run = Run(Path(opts.run_dir) / opts.run_name)
 
@@ -97,10 +112,12 @@ def find_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
         opts.ckpt, checkpoint = str(newest), loaded
     elif opts.continue_training and checkpoint is None:
         run.log(f"{own} is not there: the run starts from the beginning")
+    if checkpoint and opts.continue_training:
+        require_training_state(checkpoint, opts.ckpt)
     settle_model(opts, checkpoint)
 
     if opts.test_only:  # beside the checkpoint's own run, where it belongs to one, and on its division of the data
-        opts.random_seed = checkpoint["options"]["random_seed"]
+        opts.random_seed = checkpoint["options"].get("random_seed", opts.random_seed)
         beside = Path(opts.ckpt).parent
         run = Run((beside if (beside / "options.json").is_file() else run.folder) / folder_of_test(opts))
     return run, checkpoint
@@ -129,11 +146,14 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="voc", help="shapes is generated: nothing to download")
-    add("--data_root", metavar="DIR", default="datasets/data", help="of voc: what holds VOCdevkit; of folder: itself")
+    text = "of voc: what holds VOCdevkit; of folder: itself"
+    add("--data_root", type=any_path, metavar="DIR", default="datasets/data", help=text)
     add("--year", choices=["2012", "2012_aug"], default="2012", help="of voc")
     add("--download", action="store_true", help="fetch VOC 2012 (2 GB) unless it is there")
-    add("--train_split", metavar="LIST", default="train", help="a list in ImageSets/Segmentation")
-    add("--val_split", metavar="LIST", default="val", help="the list to validate or, with --test_only, to test on")
+    add("--train_split", type=inner_path, metavar="LIST", default="train", help="a list in ImageSets/Segmentation")
+    text = "the list to validate or, with --test_only, to test on"
+    add("--val_split", type=inner_path, metavar="LIST", default="val", help=text)
+    add("--skip_bad", action="store_true", help="look at all files first and leave out those that cannot be used")
 
     add = parser.add_argument_group("model").add_argument
     add(
@@ -143,11 +163,12 @@ def get_parser() -> argparse.ArgumentParser:
         help=f"{', '.join(MODELS)} (default: the checkpoint's, or {MODEL_DEFAULTS['model']})",
     )
     add("--output_stride", type=int, choices=[16, 8], help="(default: the checkpoint's, or 16)")
-    add("--backbone_weights", default="imagenet", metavar="FILE", help="imagenet (downloaded), none, or a FILE")
+    text = "imagenet (downloaded), none, or a FILE"
+    add("--backbone_weights", type=any_path, default="imagenet", metavar="FILE", help=text)
 
     add = parser.add_argument_group("training").add_argument
     add("--total_itrs", metavar="N", type=count, default=5000, help="iterations (optimizer steps) in all")
-    add("--batch_size", metavar="N", type=count, default=8, help="images a step")
+    add("--batch_size", metavar="N", type=count, default=8, help="images a step, over all processes")
     add("--grad_accum", metavar="N", type=count, default=1, help="parts of a step's batch, where memory is small")
     add("--crop_size", metavar="N", type=count, default=513, help="pixels, of the square training crop")
     add("--num_workers", metavar="N", type=number(int, 0), default=2, help="processes that load data")
@@ -160,6 +181,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--gamma", metavar="X", type=number(float, 0, 1), default=0.9, help="of step: factor at each drop")
     add("--warmup_itrs", metavar="N", type=number(int, 0), default=0, help="iterations of linear warm-up")
     share = number(float, 0, 1)
+    add("--freeze_bn", action="store_true", help="batch norms keep the statistics that the weights came with")
     add("--loss_type", choices=LOSSES, default="cross_entropy", help="see utils/loss.py")
     add("--focal_gamma", metavar="X", type=ratio, default=2.0, help="of focal_loss; 0 is cross-entropy")
     add("--ohem_threshold", metavar="X", type=share, default=0.7, help="of ohem: pixels of a higher p are easy")
@@ -176,9 +198,15 @@ def get_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the training step; falls back with a warning")
 
     add = parser.add_argument_group("run").add_argument
-    add("--run_name", metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
-    add("--run_dir", metavar="DIR", default="runs", help="where runs are kept")
-    add("--ckpt", metavar="FILE", help="weights to start from, to test, or to go on from")
+    add("--run_name", type=inner_path, metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
+    add("--run_dir", type=any_path, metavar="DIR", default="runs", help="where runs are kept")
+    text = "weights to start from, to test, or to go on from; torchvision: its DeepLabV3, downloaded"
+    add("--ckpt", type=any_path, metavar="FILE", help=text)
+    add("--export", type=any_path, metavar="FILE.onnx", help="write --ckpt as ONNX, check it, and do no more")
+    text = f"of --export: {OPSETS[0]} to {OPSETS[-1]}"
+    add("--export_opset", metavar="N", type=int, default=DEFAULT_OPSET, help=text)
+    text = "start from what fits of a checkpoint, on other classes or with the other head"
+    add("--init_from", type=any_path, metavar="FILE", help=text)
     add("--continue_training", action="store_true", help="go on from the run's latest.pth, or --ckpt")
     add("--test_only", action="store_true", help="score --ckpt (or the run's best.pth) on --val_split")
     add("--save_val_results", action="store_true", help="save id masks and overlays of the pictures")

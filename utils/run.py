@@ -168,6 +168,34 @@ class Run:
         write_csv(self.folder / "confusion_matrix.csv", ["target \\ prediction", *class_names], counts)
 
 
+class SilentRun(Run):
+    """A run to the processes of a job that neither write nor log: its first one does."""
+
+    def start(self, options: dict, device: torch.device) -> None:
+        pass
+
+    def discard_unless_validated(self) -> None:
+        pass
+
+    def log(self, message: str) -> None:
+        pass
+
+    def history(self) -> list[dict[str, float]]:
+        return []
+
+    def go_on_from(self, cur_itrs: int) -> None:
+        pass
+
+    def add_history(self, scores: dict, **row: float) -> None:
+        pass
+
+    def keep_splits(self, splits: dict[str, SegmentationDataset]) -> None:
+        pass
+
+    def write_scores(self, scores: dict, matrix: torch.Tensor, class_names: list[str]) -> None:
+        pass
+
+
 class ResultWriter:
     """`--save_val_results`: for each picture `masks/<id>.png`, class ids in the data set's palette, and
     `overlays/<id>.jpg`, the same colours over the picture. An `on_batch` of `engine.evaluate`."""

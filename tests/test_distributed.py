@@ -1,0 +1,257 @@
+"""Jobs of two processes, started by torchrun as a user starts them, against one process."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import main
+from datasets.sampler import SameSizeBatches, TrainBatches
+from tests.conftest import ROOT, TINY, write_voc_layout
+from utils.checkpoint import load_checkpoint
+from utils.distributed import ALONE, World, attempt_of, join
+from utils.engine import choose_device
+from utils.errors import InputError
+from utils.options import get_parser, require_fitting
+
+NAMES = ["sky", "road", "tree", "car"]
+ITRS = 6
+TRAINING = "--batch_size 4 --val_batch_size 1 --val_interval 2 --freeze_bn".split()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Data of which void is unevenly shared, and the run `one` of a single process on it."""
+    root = tmp_path_factory.mktemp("distributed")
+    splits = {"train": [f"a{number}" for number in range(9)], "val": [f"b{number}" for number in range(5)]}
+    own = write_voc_layout(root / "own", splits, class_names=NAMES)
+    for number in range(0, 9, 2):
+        path = own / "SegmentationClass" / f"a{number}.png"
+        mask = Image.open(path)
+        mask.paste(255, (0, 0, mask.width, mask.height * (number + 1) // 9))
+        mask.save(path)
+    torch.set_num_threads(1)
+    main.main(flags(root, "one", "--total_itrs", ITRS))
+    return root
+
+
+def flags(root, name, *more):
+    data = ["--dataset", "folder", "--data_root", root / "own", "--run_dir", root, "--run_name", name]
+    return [*map(str, data), *TINY, *TRAINING, *map(str, more)]
+
+
+def torchrun(*arguments, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--max-restarts", str(restarts), str(ROOT / "main.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(job):
+    try:
+        out, err = job.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        job.kill()
+        raise
+    return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+
+
+def wait_for(path, text):
+    """Until a line of the log has the text."""
+    for _ in range(1200):
+        with contextlib.suppress(FileNotFoundError):
+            if text in path.read_text():
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"{text!r} never came")
+
+
+def worker(job, rank):
+    """The process of that rank."""
+    for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
+                return int(pid)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_close_runs(first, second):
+    """The same rows, and weights within what the order of float32 sums makes of them."""
+    one, two = rows(first / "history.csv"), rows(second / "history.csv")
+    assert [(row["epoch"], row["itr"], row["lr"]) for row in one] == [(r["epoch"], r["itr"], r["lr"]) for r in two]
+    for mine, other in zip(one, two, strict=True):
+        assert float(mine["loss"]) == pytest.approx(float(other["loss"]), rel=1e-5)
+    one, two = (load_checkpoint(path / "latest.pth") for path in (first, second))
+    for name, weights in one["model_state"].items():
+        torch.testing.assert_close(two["model_state"][name], weights, rtol=1e-3, atol=1e-4)
+    assert one["cur_itrs"] == two["cur_itrs"] == ITRS
+
+
+def test_two_processes_score_each_image_once_and_exactly_as_one_does(root):
+    given = flags(root, "one", "--test_only", "--ckpt", root / "one/latest.pth", "--save_val_results")
+    main.main(given)
+    test = root / "one/test_val"
+    alone = {path.relative_to(test): path.read_bytes() for path in test.rglob("*") if path.is_file()}
+    for path in alone:
+        (test / path).unlink()
+    result = finish(torchrun(*given))
+    assert result.returncode == 0, result.stderr
+    both = {path.relative_to(test): path.read_bytes() for path in test.rglob("*") if path.is_file()}
+    assert both.keys() == alone.keys() and len(both) > 10
+    for path in both.keys() - {Path("options.json"), Path("log.txt"), Path("card.json")}:
+        assert both[path] == alone[path], path
+    one, two = (json.loads(files[Path("card.json")]) for files in (alone, both))
+    for measured in ("images_per_second", "peak_memory_mb"):
+        one.pop(measured), two.pop(measured)
+    assert one == two
+    assert result.stdout.count("Mean IoU:") == 1 and "float32, 2 processes" in result.stdout
+    assert "Warning" not in result.stderr
+
+
+def test_a_killed_process_ends_the_job_with_a_message_and_one_process_goes_on(root):
+    """Two processes and parts of one image give the losses of one process and whole batches."""
+    job = torchrun(*flags(root, "two", "--total_itrs", ITRS, "--grad_accum", 2))
+    wait_for(root / "two/log.txt", "Itrs 3/6")
+    os.kill(worker(job, 1), signal.SIGKILL)
+    result = finish(job)
+    assert result.returncode == 1
+    assert "process 0 of 2 ends, for another one of this job is gone" in result.stderr
+    assert "Signal 9 (SIGKILL)" in result.stderr  # torchrun's own
+    itr = load_checkpoint(root / "two/latest.pth")["cur_itrs"]
+    assert 2 <= itr < ITRS
+    assert not list((root / "two").glob("*.tmp"))
+    main.main(flags(root, "two", "--total_itrs", ITRS, "--continue_training"))
+    assert_close_runs(root / "one", root / "two")
+
+
+def test_a_signal_to_one_process_has_all_save_and_one_goes_on(root):
+    """One process, then two until a signal, then one."""
+    run = root / "three"
+    main.main(flags(root, "three", "--total_itrs", 2))
+    given = flags(root, "three", "--total_itrs", ITRS, "--continue_training")
+    job = torchrun(*given)
+    wait_for(run / "log.txt", "Itrs 3/6")
+    os.kill(worker(job, 1), signal.SIGTERM)
+    result = finish(job)
+    assert result.returncode == 1 and "exitcode  : 143" in result.stderr  # torchrun's, and the processes'
+    assert 'main.py", line' not in result.stderr
+    (saved,) = re.findall(r"interrupted at iteration (\d)", result.stdout)
+    assert load_checkpoint(run / "latest.pth")["cur_itrs"] == int(saved) >= 3
+    main.main(given)
+    assert_close_runs(root / "one", run)
+
+
+def test_a_job_that_torchrun_starts_anew_goes_on_from_its_latest(root):
+    job = torchrun(*flags(root, "four", "--total_itrs", ITRS), restarts=1)
+    wait_for(root / "four/log.txt", "Itrs 3/6")
+    os.kill(worker(job, 1), signal.SIGKILL)
+    result = finish(job)
+    assert result.returncode == 0, result.stderr
+    assert "Training state restored from" in result.stdout and "Itrs 6/6" in result.stdout
+    assert_close_runs(root / "one", root / "four")
+
+
+def test_what_cannot_be_shared_is_refused_in_one_line(root):
+    result = finish(torchrun(*flags(root, "five", "--batch_size", 5)))
+    ours = [line for line in result.stderr.splitlines() if "main.py: error: " in line]
+    (line,) = ours
+    assert "--batch_size 5 --grad_accum 1: cannot be shared equally by 2 processes; give a multiple of 2" in line
+    assert result.returncode == 1 and "exitcode  : 2" in result.stderr and not (root / "five").exists()
+
+
+def test_one_image_a_process_needs_frozen_batch_norms():
+    opts = get_parser().parse_args(["--batch_size", "4", "--grad_accum", "2"])
+    with pytest.raises(InputError, match="over 2 processes: after the ASPP's global pooling"):
+        require_fitting(opts, processes=2)
+    require_fitting(opts)
+    opts.freeze_bn = True
+    require_fitting(opts, processes=2)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_processes_share_out_the_batches_of_one(processes):
+    arguments = {"batch_size": 8, "seed": 3, "total_itrs": 5, "start_itr": 1}
+    whole = list(TrainBatches(20, **arguments))
+    shares = [World(rank, processes, rank).share(8) for rank in range(processes)]
+    parts = [list(TrainBatches(20, share=share, **arguments)) for share in shares]
+    assert [[item for part in parts for item in part[itr]] for itr in range(4)] == whole
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_the_processes_share_out_each_validation_image_once(processes):
+    sizes = [(4, 5), (5, 4), (4, 5), (4, 5), (6, 6)]
+    parts = [SameSizeBatches(sizes, 2, rank=rank, processes=processes) for rank in range(processes)]
+    assert sorted(index for part in parts for batch in part for index in batch) == list(range(5))
+    assert sum(map(len, parts)) == len(SameSizeBatches(sizes, 2))
+
+
+def test_one_process_alone_needs_no_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join() as world:
+        assert world == ALONE and world.is_first and world.share(8) == slice(0, 8)
+        value, model = torch.ones(2), torch.nn.Linear(1, 1)
+        assert world.sum(value) is value and world.replicated(model) is model
+        assert (world.highest(15), world.gather("a"), world.from_first(dict)) == (15, ["a"], {})
+    with pytest.raises(InputError, match="bad"):
+        ALONE.together(bad_input)
+
+
+def bad_input():
+    raise InputError("bad")
+
+
+def test_an_attempt_does_not_read_what_an_earlier_one_left():
+    """However late the processes come: the first one finds stale names, then the other one a stale roll."""
+    store = dist.HashStore()
+    for late in (0, 1, 0, 1):
+        with ThreadPoolExecutor(2) as pool:
+            jobs = []
+            for rank in (1 - late, late):
+                jobs.append(pool.submit(attempt_of, World(rank, 2, rank), store))
+                time.sleep(0.1)
+            stores = [job.result(timeout=10) for job in jobs]
+        assert not stores[1].check(["address"])
+        stores[0].set("address", "here")
+        assert stores[1].get("address") == b"here"
+
+
+def test_an_environment_that_is_not_torchruns_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK, .* is not set: start with torchrun"), join():
+        pass
+
+
+def test_each_process_has_a_gpu_of_its_own_or_is_refused(monkeypatch):
+    second = World(1, 2, 1)
+    assert choose_device("cpu", second) == torch.device("cpu")
+    with pytest.raises(InputError, match="--device cuda:0: under torchrun each process chooses its GPU"):
+        choose_device("cuda:0", second)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="--nproc_per_node: there are 1 GPUs for 2 or more processes"):
+        choose_device("cuda", second)
+
+
+def test_one_of_several_names_bad_input_and_the_others_leave():
+    assert isinstance(World(0, 2, 0).refusal("bad"), InputError)
+    assert World(1, 2, 1).refusal("bad").code == 2
