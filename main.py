@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.loader import make_loader, open_split
+from datasets.loader import end_workers, make_loader, open_split
 from datasets.sampler import SameSizeBatches, TrainBatches
 from datasets.stats import class_statistics
 from datasets.transforms import crop_val_transform, eval_transform, train_transform
@@ -195,7 +195,10 @@ def test(
     world.together(lambda: run.start(vars(opts), model.device))
     with run.writing():
         run.keep_splits({opts.val_split: test_set})
-        result = validate(opts, run, model=model, loader=loader, amp=amp, world=world)
+        try:
+            result = validate(opts, run, model=model, loader=loader, amp=amp, world=world)
+        finally:
+            end_workers(loader)
         run.log(f"Scores saved in {run.folder}")
     return result
 
@@ -269,6 +272,8 @@ def train(
             raise
         finally:
             vis.close()
+            end_workers(loader)
+            end_workers(val_loader)
         return report(run, state)
 
 

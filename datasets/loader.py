@@ -52,6 +52,13 @@ def make_loader(
     )
 
 
+def end_workers(loader: DataLoader) -> None:
+    """Ends a loader's workers now. The garbage collector may take their queues first, and then waits five seconds for
+    each of them."""
+    if loader._iterator is not None:  # torch has no public way
+        loader._iterator._shutdown_workers()
+
+
 def _leave_signals_to_the_parent(leaving: Event, _: int) -> None:
     """A terminal and a scheduler signal all processes of a job; the parent ends its workers once it has saved, and
     at its exit, for which it then waits."""

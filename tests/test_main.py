@@ -491,7 +491,7 @@ def test_bad_sample_met_in_training_is_named(folder, refused, damage, words, wor
 def test_start_that_failed_on_bad_data_leaves_its_name_free(folder, start, refused, tmp_path):
     mask = (folder / "SegmentationClass/a1.png").read_bytes()
     damage_value(folder)
-    assert "value 77" in refused("--run_name", "a", "--total_itrs", 4)
+    assert "value 77" in refused("--run_name", "a", "--total_itrs", 4, "--batch_size", 4)  # in the first iteration
     assert not (tmp_path / "runs/a").exists()
     (folder / "SegmentationClass/a1.png").write_bytes(mask)
     start("--run_name", "a", "--total_itrs", 2)

@@ -7,7 +7,7 @@ class InputError(ValueError):
     def __init__(self, message: str) -> None:
         # A DataLoader worker raises it anew with its whole traceback for a message: keep the line that counts.
         # And a value that holds a line break is told in one line, too.
-        super().__init__(" ".join(message.rsplit("InputError: ", 1)[-1].strip().splitlines()))
+        super().__init__(" ".join(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip().splitlines()))
 
 
 class SampleError(InputError):
