@@ -11,15 +11,11 @@ The flags are in `utils/options.py` and under --help. Everything that a run leav
 """
 
 import argparse
-import contextlib
-import math
 import time
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.loader import end_workers, make_loader, open_split
@@ -29,21 +25,20 @@ from datasets.transforms import crop_val_transform, eval_transform, train_transf
 from datasets.voc import SegmentationDataset
 from network import build_model
 from network._deeplab import DeepLab
-from utils.card import Card, format_card, write_card
 from utils.checkpoint import TrainingState, init_from, load_model_state, require_classes
 from utils.cli import Interrupted, Interruption, exit_codes
 from utils.distributed import World, join, restarted
-from utils.engine import accumulate, choose_amp, choose_device, compiled, evaluate, is_out_of_memory, parse_tta
+from utils.engine import accumulate, choose_amp, choose_device, compiled, is_out_of_memory
 from utils.errors import InputError, SampleError
-from utils.export import check_target, export_onnx
+from utils.evaluation import test
+from utils.export import export_checkpoint
+from utils.job import Job, keep_what_there_is, report, require_finite, save, show_history, validate_and_keep
 from utils.loss import ADDITIVE_LOSSES, build_loss, class_weights
-from utils.metrics import RunningMean, format_class_table, format_scores, scores
+from utils.metrics import RunningMean, format_class_table, format_scores
 from utils.optimizer import build_optimizer
-from utils.options import ABOUT_THE_TEST, differences, find_run, get_parser, require_fitting
-from utils.plotting import prediction_strip
-from utils.prediction import load_model
-from utils.run import SCORE_COLUMNS, ResultWriter, Run, SilentRun, device_name, peak_memory_mb
-from utils.visualizer import SilentVisualizer, Visualizer, build_visualizer
+from utils.options import differences, find_run, get_parser, require_fitting
+from utils.run import Run, SilentRun, device_name
+from utils.visualizer import build_visualizer
 
 
 @exit_codes
@@ -52,20 +47,10 @@ def main(argv: list[str] | None = None) -> dict:
     opts = get_parser().parse_args(argv)
     if opts.export:
         require_fitting(opts)
-        return export(opts)
+        return export_checkpoint(opts)
     opts.continue_training |= restarted() and not opts.test_only
     with join() as world:
         return start(opts, world)
-
-
-def export(opts: argparse.Namespace) -> dict:
-    """`--export`: the checkpoint as an ONNX file. There are no scores."""
-    check_target(Path(opts.export), opts.export_opset)
-    trained = load_model(opts.ckpt, torch.device("cpu"))
-    about = {"model": trained.options["model"], "output_stride": str(trained.options["output_stride"])}
-    names = {"class_names": trained.class_names, "palette": trained.palette, "about": about}
-    export_onnx(trained.model, Path(opts.export), opset=opts.export_opset, **names)
-    return {}
 
 
 def start(opts: argparse.Namespace, world: World) -> dict:
@@ -124,83 +109,6 @@ def prepare_model(opts: argparse.Namespace, run: Run, num_classes: int, checkpoi
     elif opts.freeze_bn:
         run.log("warning: --freeze_bn keeps the head's batch norms at mean 0 and deviation 1: give --ckpt")
     return model
-
-
-def validate(
-    opts: argparse.Namespace,
-    run: Run,
-    *,
-    model: DeepLab,
-    loader: DataLoader,
-    amp: torch.dtype | None,
-    world: World,
-    interruption: Interruption | None = None,
-) -> dict:
-    """Scores a model on the whole of a loader's split, prints the scores and writes them to the run's folder.
-
-    Raises Interrupted between two batches, in all processes.
-    """
-    dataset = loader.dataset
-    writer = ResultWriter(run.folder / "results", dataset) if opts.save_val_results else None
-    card = Card(dataset.ids, dataset.num_classes, model.device, also=writer) if opts.test_only else None
-    run.log("validation...")
-
-    def on_batch(*batch: object) -> None:
-        if interruption is not None and interruption.signal:
-            raise Interrupted
-        if (look := card or writer) is not None:
-            look(*batch)
-
-    tta = parse_tta(opts.tta) if opts.tta else None
-    how = {"amp": amp, "tta": tta, "on_batch": on_batch, "quiet": not world.is_first}
-    with contextlib.suppress(Interrupted):
-        matrix = evaluate(model, loader, num_classes=dataset.num_classes, **how).matrix()
-    if interruption is not None:
-        interruption.check(world)
-    matrix = world.sum(matrix)
-    if card:
-        card.share(world)
-    if not matrix.any():
-        flag = f"--crop_size {opts.crop_size}" if opts.crop_val else f"--val_split {opts.val_split}"
-        raise world.refusal(f"{flag}: not one of the pixels to score is labelled; give another")
-    result, figures = scores(matrix), card.compute() if card else {}
-    run.log("\n".join(format_scores(result)))
-    run.log("\n".join(format_class_table(result, dataset.class_names, figures.get("class_boundary_iou"))))
-    run.write_scores(result, matrix, dataset.class_names)
-    if card and world.is_first:
-        run.log("\n".join(format_card(figures)))
-        about = {name: getattr(opts, name) for name in ("ckpt", "dataset", "val_split", *ABOUT_THE_TEST)}
-        about |= {"comparable": not opts.crop_val}
-        write_card(run.folder, figures, result=result, class_names=dataset.class_names, about=about)
-    return result
-
-
-def test(
-    opts: argparse.Namespace,
-    run: Run,
-    *,
-    model: DeepLab,
-    test_set: SegmentationDataset,
-    amp: torch.dtype | None,
-    world: World,
-) -> dict:
-    """`--test_only`: scores the model and leaves the scores in the run's `test_<split>` folder."""
-    run.log(f"Dataset: {opts.dataset}, Test set: {len(test_set)} ({opts.val_split})")
-    sizes = test_set.sizes()
-    if opts.crop_val:
-        run.log(f"Centre crops of {opts.crop_size}: these scores do not compare with those of whole pictures")
-        sizes = [(opts.crop_size, opts.crop_size)] * len(test_set)
-    batches = SameSizeBatches(sizes, opts.val_batch_size, rank=world.rank, processes=world.size)
-    loader = make_loader(test_set, batches, num_workers=opts.num_workers, device=model.device)
-    world.together(lambda: run.start(vars(opts), model.device))
-    with run.writing():
-        run.keep_splits({opts.val_split: test_set})
-        try:
-            result = validate(opts, run, model=model, loader=loader, amp=amp, world=world)
-        finally:
-            end_workers(loader)
-        run.log(f"Scores saved in {run.folder}")
-    return result
 
 
 def train(
@@ -277,22 +185,6 @@ def train(
         return report(run, state)
 
 
-@dataclass
-class Job:
-    """What the parts of a training share."""
-
-    opts: argparse.Namespace
-    run: Run
-    state: TrainingState
-    loader: DataLoader
-    val_loader: DataLoader
-    _: KW_ONLY
-    amp: torch.dtype | None
-    vis: Visualizer | SilentVisualizer
-    interruption: Interruption
-    world: World
-
-
 def choose_criterion(
     opts: argparse.Namespace, run: Run, *, train_set: SegmentationDataset, device: torch.device
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -363,113 +255,6 @@ def run_training(job: Job, criterion: Callable[[torch.Tensor, torch.Tensor], tor
             state.validation_due = True
             validate_and_keep(job, clock)
             clock = time.perf_counter()
-
-
-def validate_and_keep(job: Job, clock: float) -> None:
-    """Validates, adds a row to the history and saves. `clock`: when the training of the row began."""
-    opts, run, state = job.opts, job.run, job.state
-    require_finite(job, state.losses)  # waits for the device: the clock is read after it
-    job.world.average_statistics(state.model)
-    trained = time.perf_counter()
-    how = {"amp": job.amp, "world": job.world, "interruption": job.interruption}
-    state.scores = validate(opts, run, model=state.model, loader=job.val_loader, **how)
-    run.add_history(
-        state.scores,
-        epoch=state.epoch,
-        itr=state.cur_itrs,
-        loss=state.losses.pop(),
-        lr=state.lr,
-        train_seconds=trained - clock,
-        val_seconds=time.perf_counter() - trained,
-        peak_memory_mb=peak_memory_mb(state.model.device),
-    )
-    state.validation_due = False
-    keep(job)
-    show_history(job.vis, run.history()[-1:])
-    if opts.enable_vis:
-        show_samples(job)
-
-
-def keep(job: Job) -> None:
-    """Saves `best.pth` where the mIoU is the best so far, and `latest.pth` after each validation.
-
-    In that order: a kill between the two would otherwise lose the best model. The `latest.pth` that was there
-    stays as `latest.prev.pth`.
-    """
-    state = job.state
-    if state.scores["Mean IoU"] > state.best_score:
-        state.best_score, state.best_itr = state.scores["Mean IoU"], state.cur_itrs
-        job.run.log(f"new best mIoU: {state.best_score:.6f}")
-        save(job, "best.pth")
-    save(job, "latest.pth")
-
-
-def save(job: Job, name: str) -> None:
-    """Saves the state of training in the run's folder. Raises InputError for weights that are not finite."""
-    require_finite(job, job.state.losses)
-    job.world.average_statistics(job.state.model)
-    if not job.world.is_first:
-        return
-    path = job.run.folder / name
-    job.state.save(path, opts=job.opts, dataset=job.val_loader.dataset, keep_previous=name == "latest.pth")
-    job.run.log(f"Model saved as {path}")
-
-
-def keep_what_there_is(job: Job, error: SampleError | RuntimeError) -> InputError:
-    """What to raise where a step cannot be made: the state before it is saved."""
-    opts, done, advice = job.opts, job.state.cur_itrs, "mend it, or leave such samples out with --skip_bad"
-    if isinstance(error, RuntimeError):
-        part = opts.batch_size // opts.grad_accum // job.world.size
-        problem = f"the device's memory does not suffice for {part} crops of {opts.crop_size} pixels at a time"
-        advice = f"give --grad_accum {2 * opts.grad_accum}" if part % 2 == 0 and part > 2 else "lower --batch_size"
-        advice += ", lower --crop_size" + ("" if job.amp else ", or give --amp auto")
-    else:
-        problem = str(error)
-    if not done:
-        job.run.discard_unless_validated()
-        return InputError(f"{problem}: {advice}")
-    if job.world.size > 1:  # the others cannot be asked to take part in a save
-        return InputError(f"{problem}: {advice}; --continue_training goes on from latest.pth, if there is one")
-    save(job, "latest.pth")
-    return InputError(f"{problem}: {advice}; latest.pth is of iteration {done}, and --continue_training goes on")
-
-
-def show_history(vis: Visualizer | SilentVisualizer, rows: list[dict[str, float]]) -> None:
-    """Sends rows of the history to the dashboard: all that there are when a run goes on, then each new one."""
-    itrs = [row["itr"] for row in rows]
-    for column, name in SCORE_COLUMNS.items():
-        vis.curve("validation", itrs, [row[column] for row in rows], name=name)
-    vis.curve("loss", itrs, [row["loss"] for row in rows], name="mean since the last validation")
-
-
-def show_samples(job: Job) -> None:
-    """Sends IoU per class, and strips of image | truth | prediction, to the dashboard."""
-    state, dataset = job.state, job.val_loader.dataset
-    rows = zip(dataset.class_names, state.scores["Class IoU"], strict=True)
-    job.vis.table("class IoU", rows, header=("class", "IoU"))
-    ids = dataset.ids[: job.opts.vis_num_samples]
-    strips = [prediction_strip(state.model, dataset, index, job.amp) for index in range(len(ids))]
-    job.vis.images("sample", strips, ids)
-
-
-def report(run: Run, state: TrainingState) -> dict:
-    """Prints the last score and the best; returns the last scores."""
-    run.log(f"last score and itr: {state.scores['Mean IoU']:.6f} {state.cur_itrs}")
-    run.log(f"best score and itr: {state.best_score:.6f} {state.best_itr}")
-    return state.scores
-
-
-def require_finite(job: Job, losses: RunningMean) -> None:
-    """Raises InputError, naming the images, for losses that training cannot come back from."""
-    if losses.count and not math.isfinite(losses.mean()):
-        last, dataset = job.state.cur_itrs, job.loader.dataset
-        batches = job.loader.batch_sampler.between(last - losses.count, last)
-        ids = dict.fromkeys(dataset.ids[index] for batch in batches for _, index in batch)
-        some = ", ".join(list(ids)[:50]) + (f" and {len(ids) - 50} more" if len(ids) > 50 else "")
-        raise job.world.refusal(
-            f"the loss is not finite in iterations {last - losses.count + 1} to {last}: lower --lr, warm up "
-            f"(--warmup_itrs), or give --amp off; or look at their images: {some}"
-        )
 
 
 if __name__ == "__main__":

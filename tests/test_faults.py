@@ -18,7 +18,7 @@ from PIL import Image
 
 import main
 from datasets import build_dataset
-from tests.conftest import ROOT, TINY, write_voc_layout
+from tests.conftest import ROOT, TINY, wrap_everywhere, write_voc_layout
 from tests.test_checkpoint import Malicious, complete
 from tests.test_resume import history, same
 from utils.atomic import keep_as
@@ -77,16 +77,19 @@ def refused(start, capfd):
 
 
 def before(monkeypatch, name, call, do):
-    """Has `do(*arguments)` happen before that call of a function of main.py."""
-    inner, calls = getattr(main, name), []
+    """Has `do(*arguments)` happen before that call of a function of a training."""
+    calls = []
 
-    def wrapped(*arguments, **keywords):
-        calls.append(name)
-        if len(calls) == call:
-            do(*arguments)
-        return inner(*arguments, **keywords)
+    def wrap(inner):
+        def wrapped(*arguments, **keywords):
+            calls.append(name)
+            if len(calls) == call:
+                do(*arguments)
+            return inner(*arguments, **keywords)
 
-    monkeypatch.setattr(main, name, wrapped)
+        return wrapped
+
+    wrap_everywhere(monkeypatch, name, wrap)
 
 
 def assert_whole(run, itr):

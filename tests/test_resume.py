@@ -10,7 +10,7 @@ import torch
 
 import main
 from datasets.transforms import TrainTransform
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, wrap_everywhere
 
 
 @pytest.fixture
@@ -83,16 +83,19 @@ def test_run_that_stopped_at_a_validation_goes_on_bit_for_bit(start, tmp_path, m
 
 
 def signal_at(monkeypatch, name, call, number):
-    """Sends the process a signal in the middle of that call of `main.<name>`."""
-    function, calls = getattr(main, name), []
+    """Sends the process a signal in the middle of that call of a function of a training."""
+    calls = []
 
-    def wrapper(*arguments, **keywords):
-        calls.append(name)
-        if len(calls) == call:
-            os.kill(os.getpid(), number)
-        return function(*arguments, **keywords)
+    def wrap(function):
+        def wrapper(*arguments, **keywords):
+            calls.append(name)
+            if len(calls) == call:
+                os.kill(os.getpid(), number)
+            return function(*arguments, **keywords)
 
-    monkeypatch.setattr(main, name, wrapper)
+        return wrapper
+
+    wrap_everywhere(monkeypatch, name, wrap)
 
 
 @pytest.mark.parametrize(
