@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import main
 from datasets.voc import voc_colormap
 from network import build_model
 from utils import export
@@ -324,3 +325,28 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(refuse, tm
     monkeypatch.setitem(sys.modules, package, None)
     refuse(tmp_path / "model.onnx", f"needs {package};", "pip install onnx onnxscript onnxruntime")
     assert not list(tmp_path.iterdir())
+
+
+def test_command_line_exports_a_checkpoint_without_any_data(tmp_path, capfd):
+    torch.manual_seed(0)
+    torch.save(lively(NAME).state_dict(), tmp_path / "a.pth")
+    target = tmp_path / "a.onnx"
+    assert main.main(["--ckpt", str(tmp_path / "a.pth"), "--export", str(target)]) == {}
+    out = capfd.readouterr().out
+    assert "129 x 161" in out and "%" in out
+    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+    assert len(names) == len(CLASSES) and names == [f"class {index}" for index in range(len(names))]
+    there = sorted(tmp_path.iterdir())
+    for arguments, words in (
+        ([], "--export: takes a --ckpt"),
+        (["--ckpt", tmp_path / "none.pth"], "there is no such file"),
+        (["--ckpt", tmp_path / "a.pth", "--test_only"], "neither --test_only"),
+        (["--ckpt", tmp_path / "a.pth", "--export_opset", "11"], "--export_opset 11: there are 18 to 23"),
+        (["--ckpt", tmp_path / "a.onnx"], "is no checkpoint"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main.main([*map(str, arguments), "--export", str(tmp_path / "b.onnx")])
+        (line,) = capfd.readouterr().err.splitlines()
+        assert stop.value.code == 2 and words in line
+    assert sorted(tmp_path.iterdir()) == there

@@ -105,7 +105,7 @@ def assert_whole(run, itr):
 def assert_same_run(first, second):
     assert history(first) == history(second)
     one, two = load_checkpoint(first / "latest.pth"), load_checkpoint(second / "latest.pth")
-    for key in one.keys() - {"options"}:  # they hold the name of the run
+    for key in one.keys() - {"options", "about"}:  # they hold the name of the run, and when it was saved
         assert same(one[key], two[key]), key
     one, two = load_checkpoint(first / "best.pth"), load_checkpoint(second / "best.pth")
     assert same(one["model_state"], two["model_state"]) and one["cur_itrs"] == two["cur_itrs"]

@@ -10,8 +10,10 @@ import torch
 from torch.nn import functional as F
 from torchvision import models
 
+import main
 from datasets.voc import VOC_CLASSES, voc_colormap
 from network import build_model
+from tests.conftest import TINY
 from utils.checkpoint import (
     KEYS,
     init_from,
@@ -530,3 +532,67 @@ def test_prediction_takes_a_published_file(tmp_path):
     assert len(trained.class_names) == 19 and trained.options["output_stride"] == 16
     with torch.inference_mode():
         assert trained.model(torch.zeros(1, 3, 33, 33)).shape == (1, 19, 33, 33)
+
+
+# --- on the command line ---
+
+
+@pytest.fixture
+def start(folder, tmp_path, capsys):
+    def run(*arguments):
+        data = ["--dataset", "folder", "--data_root", folder, "--run_dir", tmp_path / "runs", "--run_name", "a"]
+        scores = main.main([*map(str, data), *TINY[2:], *map(str, arguments)])  # without --model
+        return scores, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(start, capsys):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            start(*arguments)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2
+        return line
+
+    return run
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Weights of four classes without their names, as VainF's script saves them."""
+    torch.manual_seed(0)
+    state = build_model(MOBILENET, num_classes=4).state_dict()
+    torch.save(vainf(state, best_score=np.float64(0.5)), tmp_path / "theirs.pth")
+    return tmp_path / "theirs.pth"
+
+
+def test_published_file_is_scored_and_trained_from_but_not_gone_on_from(start, refused, published, tmp_path):
+    scores, out = start("--test_only", "--ckpt", published)
+    assert "VainF/DeepLabV3Plus-Pytorch: " in out and "whose names it does not tell" in out
+    assert "the file does not tell its output stride: 16" in out and 0 <= scores["Mean IoU"] <= 1
+    assert (tmp_path / "runs/a/test_val/card.json").is_file()
+    line = refused("--continue_training", "--ckpt", published)
+    assert f"--ckpt {published}: has weights alone (VainF/DeepLabV3Plus-Pytorch)" in line and "leave" in line
+    assert "contradicts" in refused("--ckpt", published, "--model", "deeplabv3_resnet50")
+    _, out = start("--ckpt", published, "--total_itrs", 1, "--lr", 0)
+    ours = torch.load(tmp_path / "runs/a/latest.pth", weights_only=True)
+    first = torch.load(published, weights_only=False)["model_state"]
+    assert torch.equal(ours["model_state"]["classifier.classifier.3.weight"], first["classifier.classifier.3.weight"])
+
+
+def test_init_from_on_other_classes_lists_what_it_leaves_at_random(start, refused, published, folder, tmp_path):
+    (folder / "class_names.txt").write_text("sky\nroad\ntree\ncar\nboat\n")
+    assert "was trained on 4 classes" in refused("--ckpt", published)
+    flags = ("--model", MOBILENET, "--total_itrs", 1, "--lr", 0)
+    _, out = start("--init_from", published, *flags)
+    assert "classifier.classifier.3.weight" in out and "[4, 256, 1, 1]" in out and "[5, 256, 1, 1]" in out
+    ours = torch.load(tmp_path / "runs/a/latest.pth", weights_only=True)["model_state"]
+    first = torch.load(published, weights_only=False)["model_state"]
+    assert torch.equal(ours["backbone.0.0.weight"], first["backbone.0.0.weight"])
+    assert ours["classifier.classifier.3.weight"].shape == (5, 256, 1, 1)
+    for more in (["--ckpt", published], ["--test_only"]):
+        assert "--init_from: starts a training" in refused("--init_from", published, *more)
+    assert "there is no such file" in refused("--init_from", tmp_path / "none.pth", *flags, "--run_name", "b")
+    assert not (tmp_path / "runs/b").exists()

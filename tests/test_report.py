@@ -291,7 +291,7 @@ def test_contents_lead_to_every_section_and_the_language_is_given(make, tmp_path
     page = make(write_run(tmp_path / "a"))
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
-    assert links == [f"#{section}" for section in sections] and len(set(sections)) == len(sections) == 8
+    assert links == [f"#{section}" for section in sections] and len(set(sections)) == len(sections) == 9
     assert ("html", {"lang": "en"}) in page.tags
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
 
@@ -369,6 +369,26 @@ def test_without_data_the_sections_say_so_and_the_rest_is_written(make, tmp_path
         assert "Not available for a, for its data cannot be opened" in page.texts[section]
         assert "no data: there is no such folder" in page.texts[section]
     assert page.table("summary") and page.table("iou-of-each-class") and page.table("speed-and-memory")
+
+
+def test_what_a_checkpoint_knows_of_itself_is_shown(make, trained, tmp_path):
+    known = make(trained).column("checkpoints", trained.name)
+    assert known["made by"] == "main.py" and known["classes"] == "4: sky, road, tree, car"
+    assert known["model"] == "deeplabv3plus_mobilenet_v3_large, output stride 16"
+    checkpoint = torch.load(trained / "best.pth", weights_only=True)
+    assert f"{checkpoint['cur_itrs']} iterations of 2 crops of 33 pixels, cross_entropy" in known["training"]
+    assert f"mIoU {checkpoint['scores']['Mean IoU']:.4f}" in known["scores"] and "on val" in known["scores"]
+    assert known["data"].startswith("folder in ") and known["data"].endswith(", train")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d", known["saved"])
+    assert f"torch {torch.__version__}" in known["versions"] and "cpu" in known["device"]
+    older, foreign = shutil.copytree(trained, tmp_path / "older"), shutil.copytree(trained, tmp_path / "foreign")
+    del checkpoint["about"]
+    torch.save(checkpoint, older / "best.pth")
+    torch.save(checkpoint["model_state"], foreign / "best.pth")
+    page = make(older, foreign)
+    assert "saved" not in page.column("checkpoints", "older")
+    assert page.column("checkpoints", "foreign")["made by"] == "bare weights"
+    assert page.column("checkpoints", "foreign")["scores"] == "-"
 
 
 def test_without_best_pth_the_data_are_shown_and_the_other_runs_predictions(make, trained, tmp_path):

@@ -43,10 +43,17 @@ class TrainingState:
     validation_due: bool = False  # the last iteration's validation was begun and not finished
 
     def save(
-        self, path: Path, *, opts: argparse.Namespace, dataset: SegmentationDataset, keep_previous: bool = False
+        self,
+        path: Path,
+        *,
+        opts: argparse.Namespace,
+        dataset: SegmentationDataset,
+        about: dict | None = None,
+        keep_previous: bool = False,
     ) -> None:
         """Call it after both the optimizer's and the scheduler's step, and after the best score is settled.
 
+        `about`: when and on what it was made, as `utils.run.environment` and a time.
         Raises InputError for weights that are not finite, which a finite loss does not exclude: the running
         statistics of batch normalisation take no part in it.
         """
@@ -75,6 +82,7 @@ class TrainingState:
             "options": vars(opts),
             "class_names": dataset.class_names,
             "palette": dataset.palette.tolist(),
+            "about": about or {},
         }
         save_checkpoint(path, checkpoint, keep_previous=keep_previous)
 
@@ -180,6 +188,30 @@ def load_checkpoint(path: str | Path, *, flag: str = "--ckpt", model: str | None
     if missing and OURS_ALONE & content.keys():
         raise InputError(f"{flag} {path}: not a checkpoint of main.py, it lacks {', '.join(missing)}")
     return convert(content, f"{flag} {path}") if missing else content
+
+
+def knowledge(checkpoint: dict) -> dict[str, str]:
+    """What a checkpoint knows of itself, to be shown: a heading and a text each. Published ones know less."""
+    options, scores, names = checkpoint["options"], checkpoint["scores"], checkpoint["class_names"]
+    about = checkpoint.get("about", {})  # older ones have none
+    facts = {
+        "made by": checkpoint.get("published", "main.py"),
+        "model": f"{options['model']}, output stride {options['output_stride']}",
+        "classes": f"{len(names)}: {', '.join(names)}",
+    }
+    if scores:
+        facts |= {
+            "data": f"{options['dataset']} in {options['data_root']}, {options['train_split']}",
+            "training": f"{checkpoint['cur_itrs']:,} iterations of {options['batch_size']} crops of "
+            f"{options['crop_size']} pixels, {options['loss_type']}, learning rate {options['lr']:g}",
+            "scores": f"mIoU {scores['Mean IoU']:.4f}, Overall Acc {scores['Overall Acc']:.4f} "
+            f"on {options['val_split']}",
+        }
+    if about:
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        facts |= {"saved": about["saved"], "device": about["device_name"], "versions": versions}
+        facts |= {"commit": about["git_commit"] or "unknown"}
+    return facts
 
 
 def require_training_state(checkpoint: dict, path: str) -> None:

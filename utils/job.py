@@ -4,6 +4,7 @@ import argparse
 import math
 import time
 from dataclasses import KW_ONLY, dataclass
+from datetime import datetime
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,7 +16,7 @@ from utils.errors import InputError, SampleError
 from utils.evaluation import validate
 from utils.metrics import RunningMean
 from utils.plotting import prediction_strip
-from utils.run import SCORE_COLUMNS, Run, peak_memory_mb
+from utils.run import SCORE_COLUMNS, Run, environment, peak_memory_mb
 from utils.visualizer import SilentVisualizer, Visualizer
 
 
@@ -81,7 +82,9 @@ def save(job: Job, name: str) -> None:
     if not job.world.is_first:
         return
     path = job.run.folder / name
-    job.state.save(path, opts=job.opts, dataset=job.val_loader.dataset, keep_previous=name == "latest.pth")
+    about = {"saved": datetime.now().astimezone().isoformat(" ", "seconds"), **environment(job.state.model.device)}
+    dataset, keep_previous = job.val_loader.dataset, name == "latest.pth"
+    job.state.save(path, opts=job.opts, dataset=dataset, about=about, keep_previous=keep_previous)
     job.run.log(f"Model saved as {path}")
 
 

@@ -21,6 +21,7 @@ from datasets import build_dataset
 from datasets.files import VOID
 from datasets.stats import choose_samples, class_statistics, statistics_table
 from datasets.voc import SegmentationDataset
+from utils.checkpoint import knowledge, load_checkpoint
 from utils.engine import choose_amp, predict
 from utils.errors import InputError
 from utils.html import PAGE, Html, escape, figure, join, markup, note, number, table, td
@@ -46,6 +47,7 @@ INTRODUCTIONS = {
     "Options and environment": "What each run was asked to do; what differs between runs is marked. With these "
     "versions, on this device and at this commit, the commands repeat the runs; of a run that was continued the last "
     "start is shown (its log.txt has each).",
+    "Checkpoints": "What the best.pth of each run says of itself: enough to use it without this report or its data.",
     "Training curves": "Left: mIoU at each validation, its best marked by a star. Middle: the training loss, a mean "
     "since the validation before. Right: the learning rate of the head. Where the loss goes on falling and mIoU "
     "falls too, the model overfits; where mIoU still rises at the end, more iterations may help.",
@@ -311,6 +313,19 @@ def options_section(runs: list[RunFiles]) -> Html:
     return join([different if differing(options) else markup("<p>{}</p>", same), details, machine])
 
 
+def checkpoints_section(runs: list[RunFiles]) -> Html:
+    """What each run's best.pth knows of itself, a column per run."""
+    known, notes = {}, []
+    for run in runs:
+        try:
+            known[run.name] = knowledge(load_checkpoint(run.folder / "best.pth"))
+        except InputError as error:
+            notes.append(note(f"Not available for {run.name}: {str(error).removeprefix('--ckpt ')}"))
+    rows = [[name, *row] for name, row in side_by_side(list(known.values())).items()]
+    shown = [table("best.pth of each run", ["", *known], rows, css="words")] if known else []
+    return join([*shown, *notes])
+
+
 def curves_section(runs: list[RunFiles]) -> Html:
     histories = {run.name: run.history for run in runs}
     rows = []
@@ -489,6 +504,7 @@ def write_report(
     sections = [
         summary_section(found),
         options_section(found),
+        checkpoints_section(found),
         curves_section(found),
         classes_section(found),
         confusion_section(found),

@@ -227,7 +227,7 @@ def environment(device: torch.device) -> dict:
         commit = git.stdout.strip() or None
     except OSError:  # there is no git
         commit = None
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     versions |= {"torchvision": torchvision.__version__, "pillow": PIL.__version__}
     return {
         "versions": versions,
