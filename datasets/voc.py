@@ -232,5 +232,6 @@ def augmented_list(root: Path, lists: Path) -> Path:
     """Where the list of 2012_aug lies: beside the other lists or in root. Raises InputError if nowhere."""
     path = next((p for p in (lists / "train_aug.txt", root / "train_aug.txt") if p.is_file()), None)
     if path is None:
-        raise InputError(f"{lists / 'train_aug.txt'}: missing, and not in {root} either; python -m datasets.sbd makes it")
+        file = lists / "train_aug.txt"
+        raise InputError(f"{file}: missing, and not in {root} either; python -m datasets.sbd makes it")
     return path
