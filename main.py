@@ -59,8 +59,7 @@ def start(opts: argparse.Namespace, world: World) -> dict:
     amp = world.together(lambda: choose_amp(opts.amp, device))
     opts, run, checkpoint = world.from_first(lambda: (opts, *find_run(opts, processes=world.size)))
     run = run if world.is_first else SilentRun(run.folder)
-    processes = f", {world.size} processes" if world.size > 1 else ""
-    run.log(f"Device: {device_name(device)}, {str(amp or torch.float32).removeprefix('torch.')}{processes}")
+    run.log(f"Device: {device_name(device)}, {str(amp or torch.float32).removeprefix('torch.')}")
 
     lists = (run.folder.parent if opts.test_only else run.folder) / "splits"
     transform = crop_val_transform(opts.crop_size) if opts.crop_val else eval_transform()

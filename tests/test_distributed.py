@@ -120,10 +120,11 @@ def test_two_processes_score_each_image_once_and_exactly_as_one_does(root):
     for path in both.keys() - {Path("options.json"), Path("log.txt"), Path("card.json")}:
         assert both[path] == alone[path], path
     one, two = (json.loads(files[Path("card.json")]) for files in (alone, both))
+    assert json.loads(both[Path("options.json")])["device_name"].endswith(", 2 processes")
     for measured in ("images_per_second", "peak_memory_mb"):
         one.pop(measured), two.pop(measured)
     assert one == two
-    assert result.stdout.count("Mean IoU:") == 1 and "float32, 2 processes" in result.stdout
+    assert result.stdout.count("Mean IoU:") == 1 and ", 2 processes, float32" in result.stdout
     assert "Warning" not in result.stderr
 
 

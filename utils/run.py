@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image
 from tqdm import tqdm
@@ -242,9 +243,11 @@ def command() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    """The device in words, with the number of processes if there are several."""
+    is_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
+    processes = f", {dist.get_world_size()} processes" if dist.is_initialized() else ""
+    return f"{device} ({name}){processes}"
 
 
 def write_text(path: Path, text: str) -> None:
