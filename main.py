@@ -25,18 +25,28 @@ from datasets.transforms import crop_val_transform, eval_transform, train_transf
 from datasets.voc import SegmentationDataset
 from network import build_model
 from network._deeplab import DeepLab
-from utils.checkpoint import TrainingState, init_from, load_model_state, require_classes
+from utils.checkpoint import TrainingState, init_from, load_checkpoint, load_model_state, require_classes
 from utils.cli import Interrupted, Interruption, exit_codes
-from utils.distributed import World, join, restarted
+from utils.distributed import World, is_loss_of_another, join
 from utils.engine import accumulate, choose_amp, choose_device, compiled, is_out_of_memory
 from utils.errors import InputError, SampleError
 from utils.evaluation import test
-from utils.export import export_checkpoint
-from utils.job import Job, keep_what_there_is, report, require_finite, save, show_history, validate_and_keep
+from utils.export import check_target, export_onnx
+from utils.job import (
+    Job,
+    bad_sample,
+    out_of_memory,
+    report,
+    require_finite,
+    save,
+    show_history,
+    validate_and_keep,
+)
 from utils.loss import ADDITIVE_LOSSES, build_loss, class_weights
 from utils.metrics import RunningMean, format_class_table, format_scores
 from utils.optimizer import build_optimizer
-from utils.options import differences, find_run, get_parser, require_fitting
+from utils.options import differences, find_run, get_parser, require_fitting, settle_model
+from utils.prediction import build_trained
 from utils.run import Run, SilentRun, device_name
 from utils.visualizer import build_visualizer
 
@@ -47,10 +57,21 @@ def main(argv: list[str] | None = None) -> dict:
     opts = get_parser().parse_args(argv)
     if opts.export:
         require_fitting(opts)
-        return export_checkpoint(opts)
-    opts.continue_training |= restarted() and not opts.test_only
+        return export(opts)
     with join() as world:
         return start(opts, world)
+
+
+def export(opts: argparse.Namespace) -> dict:
+    """`--export`: the checkpoint as an ONNX file. There are no scores."""
+    check_target(Path(opts.export), opts.export_opset)
+    checkpoint = load_checkpoint(opts.ckpt, model=opts.model)
+    settle_model(opts, checkpoint)
+    trained = build_trained(checkpoint, opts.ckpt, torch.device("cpu"), output_stride=opts.output_stride)
+    about = {"model": opts.model, "output_stride": str(opts.output_stride)}
+    names = {"class_names": trained.class_names, "palette": trained.palette, "about": about}
+    export_onnx(trained.model, Path(opts.export), opset=opts.export_opset, **names)
+    return {}
 
 
 def start(opts: argparse.Namespace, world: World) -> dict:
@@ -81,12 +102,24 @@ def open_data(
 ) -> SegmentationDataset:
     """A split, with `--skip_bad` without the samples that cannot be used, each of which is logged."""
     dataset = world.together(lambda: open_split(opts, split, transform, lists))
+    ids = world.from_first(lambda: dataset.ids)
+    world.together(lambda: require_ids(dataset, ids))
     if opts.skip_bad:
         bad = world.from_first(dataset.bad_samples)
-        run.log("\n".join(f"left out: {problem}" for problem in bad.values()))
+        for problem in bad.values():
+            run.log(f"left out: {problem}")
         run.log(f"{split}: {len(bad)} of {len(dataset)} samples left out (--skip_bad)")
         world.together(lambda: dataset.leave_out(bad))
     return dataset
+
+
+def require_ids(dataset: SegmentationDataset, ids: list[str]) -> None:
+    """Raises InputError unless the samples are those of the job's first process, for all share out one list."""
+    if dataset.ids != ids:
+        raise InputError(
+            f"{dataset.folder}: {len(dataset)} samples here, {len(ids)} in the first process, or in another order; "
+            "give all machines the same data and lists"
+        )
 
 
 def prepare_model(opts: argparse.Namespace, run: Run, num_classes: int, checkpoint: dict | None) -> DeepLab:
@@ -147,11 +180,19 @@ def train(
             run.log("\n".join([*format_scores(state.scores), *format_class_table(state.scores, val_set.class_names)]))
             return report(run, state)
 
-    criterion = world.together(lambda: choose_criterion(opts, run, train_set=train_set, device=model.device))
+    weights = world.from_first(lambda: choose_class_weights(opts, run, train_set))
+    criterion = build_loss(
+        opts.loss_type,
+        focal_gamma=opts.focal_gamma,
+        ohem_threshold=opts.ohem_threshold,
+        ohem_keep=opts.ohem_keep,
+        class_weights=weights.to(model.device) if weights is not None else None,
+    )
     sampled = {"batch_size": opts.batch_size, "seed": opts.random_seed, "share": world.share(opts.batch_size)}
     itrs = {"total_itrs": opts.total_itrs, "start_itr": state.cur_itrs}
     batches = world.together(lambda: TrainBatches(len(train_set), **sampled, **itrs))
-    val_batches = SameSizeBatches(val_set.sizes(), opts.val_batch_size, rank=world.rank, processes=world.size)
+    sizes = world.together(val_set.sizes)
+    val_batches = SameSizeBatches(sizes, opts.val_batch_size, rank=world.rank, processes=world.size)
     loader = make_loader(train_set, batches, num_workers=opts.num_workers, device=model.device)
     val_loader = make_loader(val_set, val_batches, num_workers=opts.num_workers, device=model.device)
     world.together(lambda: run.start(vars(opts), model.device))
@@ -170,10 +211,14 @@ def train(
             save(job, "latest.pth")
             run.log(f"interrupted at iteration {state.cur_itrs}: the same command with --continue_training goes on")
             raise SystemExit(128 + interruption.signal) from None
-        except (SampleError, RuntimeError) as error:
-            if not isinstance(error, SampleError) and not is_out_of_memory(error):
-                raise
-            raise keep_what_there_is(job, error) from None
+        except SampleError as error:
+            raise bad_sample(job, error) from None
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(job) from None
+            if is_loss_of_another(error):
+                run.discard_unless_validated()
+            raise
         except InputError:
             run.discard_unless_validated()
             raise
@@ -184,26 +229,15 @@ def train(
         return report(run, state)
 
 
-def choose_criterion(
-    opts: argparse.Namespace, run: Run, *, train_set: SegmentationDataset, device: torch.device
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """`--loss_type` with `--class_weights`, which are counted from the training set's masks and logged."""
-    weights = None
-    if opts.class_weights != "none":
-        counted = class_statistics(train_set)
-        weights = class_weights(opts.class_weights, counted.pixels, counted.image_pixels, images=counted.images)
-        pairs = zip(train_set.class_names, weights.tolist(), strict=True)
-        run.log(
-            f"Class weights ({opts.class_weights}): {', '.join(f'{name} {weight:.4g}' for name, weight in pairs)}"
-        )
-        weights = weights.to(device)
-    return build_loss(
-        opts.loss_type,
-        focal_gamma=opts.focal_gamma,
-        ohem_threshold=opts.ohem_threshold,
-        ohem_keep=opts.ohem_keep,
-        class_weights=weights,
-    )
+def choose_class_weights(opts: argparse.Namespace, run: Run, train_set: SegmentationDataset) -> torch.Tensor | None:
+    """`--class_weights`, float32 `[C]`, counted from the training set's masks and logged; None for none."""
+    if opts.class_weights == "none":
+        return None
+    counted = class_statistics(train_set)
+    weights = class_weights(opts.class_weights, counted.pixels, counted.image_pixels, images=counted.images)
+    pairs = zip(train_set.class_names, weights.tolist(), strict=True)
+    run.log(f"Class weights ({opts.class_weights}): {', '.join(f'{name} {weight:.4g}' for name, weight in pairs)}")
+    return weights
 
 
 def run_training(job: Job, criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
@@ -227,6 +261,7 @@ def run_training(job: Job, criterion: Callable[[torch.Tensor, torch.Tensor], tor
     model.train()
     if state.validation_due:  # it was interrupted
         validate_and_keep(job, clock)
+        clock = time.perf_counter()
     for images, targets in bar:
         job.interruption.check(world)
         model.seed_dropout(opts.random_seed, state.cur_itrs, place=world.share(opts.batch_size).start)

@@ -23,6 +23,7 @@ from PIL import Image
 from torchvision.datasets import SBDataset
 from tqdm import tqdm
 
+from datasets.download import BAD_TAR
 from datasets.files import UNREADABLE, VOID, read_ids
 from datasets.voc import VOC_CLASSES, VOCSegmentation, voc_colormap
 from utils.atomic import replacing
@@ -34,7 +35,7 @@ LIST, MASKS = "ImageSets/Segmentation/train_aug.txt", "SegmentationClassAug"
 SBD_LISTS = {"train.txt", "val.txt"}  # together they name every mask of SBD
 WANTED = re.compile(r"(?:.*/)?dataset/(cls/(?!\._).+\.mat|train\.txt|val\.txt)", re.DOTALL)  # macOS adds ._ files
 PLAIN = re.compile(r"cls/[0-9]{4}_[0-9]{6}\.mat|train\.txt|val\.txt")  # an id of digits leads out of no folder
-DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a tar of any kind raises
+DAMAGED = (*BAD_TAR, OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a tar of any kind raises
 
 
 def built_ids(root: str | Path) -> list[str] | None:
@@ -141,6 +142,8 @@ def _files(sbd: Path) -> Iterator[tuple[str, bytes]]:
                     if match := WANTED.fullmatch(member.name):
                         _require_plain(sbd, member.name, name=match[1], is_file=member.isreg())
                         yield match[1], archive.extractfile(member).read()
+    except InputError:
+        raise
     except DAMAGED as error:
         reason = " ".join(str(error).split())  # tarfile's has a line for each compression
         raise InputError(f"--sbd {sbd}: cannot be read ({reason}); get it anew from {SBDataset.url}") from None

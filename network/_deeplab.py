@@ -57,18 +57,18 @@ class ImageDropout(nn.Dropout):
     place = 0  # of the next image
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.seed is None or not self.training:
-            return super().forward(x)
-        return x * self._mask(x) * (1 / (1 - self.p))
+        return self._dropped(x) if self.training else x
 
-    @torch.compiler.disable
-    def _mask(self, x: torch.Tensor) -> torch.Tensor:
+    @torch.compiler.disable  # whole: compiled code would be compiled anew for each seed
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        if self.seed is None:
+            return super().forward(x)
         mask, generator = torch.empty_like(x), torch.Generator(x.device)
         for image in mask:
             stream = np.random.SeedSequence((*self.seed, self.place)).generate_state(1)
             image.bernoulli_(1 - self.p, generator=generator.manual_seed(int(stream[0])))
             self.place += 1
-        return mask
+        return x * mask * (1 / (1 - self.p))
 
 
 class ASPP(nn.Module):

@@ -21,7 +21,10 @@ from utils.errors import InputError
 
 
 def complete(**changes):
-    return dict.fromkeys(KEYS, 0) | {"class_names": ["sky", "road"], "model_state": {}} | changes
+    states = {name: {} for name in KEYS if name.endswith("_state")}
+    options = {"model": "deeplabv3_resnet50", "output_stride": 16}
+    content = {"options": options, "class_names": ["sky", "road"], "palette": [[0, 0, 0]], "scores": None}
+    return states | content | {"cur_itrs": 0, "best_itr": 0, "best_score": 0.5} | changes
 
 
 def test_checkpoint_comes_back_and_leaves_no_temporary_file(tmp_path):
@@ -193,3 +196,32 @@ def test_rate_of_the_command_line_holds_when_it_changes():
     second = training_state(lr=1.0)
     second.restore(frozen(first))
     assert steps(second, 3) == [0.5, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"options": []}, "its options is of another kind"),
+        ({"options": {"model": "a"}}, "its options lack output_stride"),
+        ({"class_names": 5}, "its class_names is of another kind"),
+        ({"cur_itrs": "4"}, "its cur_itrs is of another kind"),
+    ],
+)
+def test_a_checkpoint_of_other_kinds_is_refused(tmp_path, changes, words):
+    torch.save(complete() | changes, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=words):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.tensor([1.0, float("nan")]), "not finite"),
+        (torch.eye(2).to_sparse(), "no plain tensor"),
+        (torch.ones(2, device="meta"), "no plain tensor"),
+    ],
+)
+def test_weights_that_cannot_be_computed_with_are_refused(tmp_path, value, words):
+    torch.save(complete(model_state={"weight": value}), tmp_path / "a.pth")
+    with pytest.raises(InputError, match=words):
+        load_model_state(torch.nn.Linear(1, 2, bias=False), load_checkpoint(tmp_path / "a.pth"), "a.pth")

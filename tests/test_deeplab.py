@@ -170,6 +170,17 @@ def test_frozen_batch_norms_survive_train():
     assert all(norm.training for norm in norms.values() if model.train())
 
 
+def test_dropout_does_not_have_compiled_code_compiled_anew_at_each_seed():
+    dropout, x = ImageDropout(0.1), torch.ones(2, 4, 3, 3)
+    network = torch.compile(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), dropout), backend="eager")
+    seen = []
+    for itr in range(4):
+        dropout.seed, dropout.place = (1, itr), 0
+        with torch._dynamo.config.patch(error_on_recompile=itr > 0):
+            seen.append(network(x) == 0)
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_dropout_of_an_image_goes_by_its_place_in_the_whole_batch():
     dropout, x = ImageDropout(0.1), torch.ones(6, 40, 9, 9).to(memory_format=torch.channels_last)
     dropout.seed, dropout.place = (1, 7), 0

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from PIL import Image
 
 import main
+from datasets import build_dataset
 from datasets.sampler import SameSizeBatches, TrainBatches
 from tests.conftest import ROOT, TINY, write_voc_layout
 from utils.checkpoint import load_checkpoint
@@ -25,6 +27,7 @@ from utils.distributed import ALONE, World, attempt_of, join
 from utils.engine import choose_device
 from utils.errors import InputError
 from utils.options import get_parser, require_fitting
+from utils.run import environment
 
 NAMES = ["sky", "road", "tree", "car"]
 ITRS = 6
@@ -47,14 +50,29 @@ def root(tmp_path_factory):
     return root
 
 
+SLOW_SAVE = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import main
+from utils import checkpoint
+inner = checkpoint.save_checkpoint
+def save(*arguments, **keywords):
+    time.sleep(2)  # torchrun ends a process that others have left
+    inner(*arguments, **keywords)
+checkpoint.save_checkpoint = save
+if __name__ == "__main__":
+    main.main()
+"""
+
+
 def flags(root, name, *more):
     data = ["--dataset", "folder", "--data_root", root / "own", "--run_dir", root, "--run_name", name]
     return [*map(str, data), *TINY, *TRAINING, *map(str, more)]
 
 
-def torchrun(*arguments, restarts=0):
+def torchrun(*arguments, restarts=0, script=ROOT / "main.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["--max-restarts", str(restarts), str(ROOT / "main.py"), *map(str, arguments)]
+    command += ["--max-restarts", str(restarts), str(script), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -135,7 +153,7 @@ def test_a_killed_process_ends_the_job_with_a_message_and_one_process_goes_on(ro
     os.kill(worker(job, 1), signal.SIGKILL)
     result = finish(job)
     assert result.returncode == 1
-    assert "process 0 of 2 ends, for another one of this job is gone" in result.stderr
+    assert "process 0 of 2 ends, for another one of this job is gone or cannot be reached (" in result.stderr
     assert "Signal 9 (SIGKILL)" in result.stderr  # torchrun's own
     itr = load_checkpoint(root / "two/latest.pth")["cur_itrs"]
     assert 2 <= itr < ITRS
@@ -149,7 +167,8 @@ def test_a_signal_to_one_process_has_all_save_and_one_goes_on(root):
     run = root / "three"
     main.main(flags(root, "three", "--total_itrs", 2))
     given = flags(root, "three", "--total_itrs", ITRS, "--continue_training")
-    job = torchrun(*given)
+    (root / "slow.py").write_text(SLOW_SAVE)
+    job = torchrun(*given, script=root / "slow.py")
     wait_for(run / "log.txt", "Itrs 3/6")
     os.kill(worker(job, 1), signal.SIGTERM)
     result = finish(job)
@@ -169,6 +188,47 @@ def test_a_job_that_torchrun_starts_anew_goes_on_from_its_latest(root):
     assert result.returncode == 0, result.stderr
     assert "Training state restored from" in result.stdout and "Itrs 6/6" in result.stdout
     assert_close_runs(root / "one", root / "four")
+
+
+def test_a_refused_run_stays_refused_when_torchrun_starts_it_anew(root):
+    before = {path: path.read_bytes() for path in (root / "one").rglob("*") if path.is_file()}
+    result = finish(torchrun(*flags(root, "one", "--total_itrs", ITRS + 2, "--lr", 0.5), restarts=1))
+    assert result.returncode == 1 and result.stderr.count("that run exists") == 2
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_restart_goes_on_from_the_runs_own_checkpoint_or_starts_as_the_first_time(
+    root, tmp_path, monkeypatch, capsys, has_checkpoint
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    environment.cache_clear()
+    given = flags(root, "a", "--run_dir", tmp_path, "--ckpt", root / "one/latest.pth", "--total_itrs", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "run_training", fail)
+        with pytest.raises(ZeroDivisionError):
+            main.main(given)
+    if has_checkpoint:
+        shutil.copy(root / "one/latest.pth", tmp_path / "a/latest.pth")
+    with pytest.raises(SystemExit):
+        main.main(given)
+    assert "that run exists" in capsys.readouterr().err  # for it is no restart
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    main.main(given)
+    out = capsys.readouterr().out
+    assert ("Itrs 1/4" in out) != has_checkpoint and ("finished: 6 iterations" in out) == has_checkpoint
+    environment.cache_clear()
+
+
+def fail(*_):
+    raise ZeroDivisionError
+
+
+def test_processes_with_other_samples_are_refused(root):
+    dataset = build_dataset("folder", root / "own", "train")
+    main.require_ids(dataset, list(dataset.ids))
+    with pytest.raises(InputError, match="9 samples here, 8 in the first process"):
+        main.require_ids(dataset, dataset.ids[1:])
 
 
 def test_what_cannot_be_shared_is_refused_in_one_line(root):
@@ -241,6 +301,13 @@ def test_an_environment_that_is_not_torchruns_is_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK, .* is not set: start with torchrun"), join():
         pass
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "x")
+    with pytest.raises(InputError, match="not numbers"), join():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with join() as world:
+        assert world == ALONE
 
 
 def test_each_process_has_a_gpu_of_its_own_or_is_refused(monkeypatch):

@@ -15,7 +15,7 @@ from tests.conftest import ROOT, TINY, assert_refused, run_main, write_picture
 from utils.engine import accumulate
 from utils.loss import LOSSES, build_loss
 from utils.options import folder_of_test, get_parser
-from utils.run import HISTORY
+from utils.run import HISTORY, environment
 
 
 @pytest.fixture
@@ -369,8 +369,10 @@ def test_training_needs_no_git(start, tmp_path, monkeypatch):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr("utils.run.subprocess.run", missing)
+    environment.cache_clear()
     start("--run_name", "a", "--total_itrs", 1)
     assert json.loads((tmp_path / "runs/a/options.json").read_text())["git_commit"] is None
+    environment.cache_clear()
 
 
 def test_interrupt_exits_with_130(start, monkeypatch, capsys):

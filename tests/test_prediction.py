@@ -16,7 +16,8 @@ from datasets.files import read_image
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from datasets.voc import voc_colormap
 from network import backbone, build_model
-from utils.checkpoint import KEYS, save_checkpoint
+from tests.test_checkpoint import complete
+from utils.checkpoint import save_checkpoint
 from utils.engine import predict
 from utils.errors import InputError
 from utils.plotting import overlay
@@ -93,8 +94,8 @@ def model():
 
 def test_model_comes_from_the_checkpoint_alone(model, tmp_path, monkeypatch):
     options = {"model": MOBILENET, "output_stride": 16, "backbone_weights": "imagenet", "data_root": "/gone"}
-    checkpoint = dict.fromkeys(KEYS) | {"model_state": model.state_dict(), "options": options, "class_names": NAMES}
-    save_checkpoint(tmp_path / "a.pth", checkpoint | {"palette": voc_colormap().tolist()})
+    known = {"options": options, "class_names": NAMES, "palette": voc_colormap().tolist()}
+    save_checkpoint(tmp_path / "a.pth", complete(model_state=model.state_dict(), **known))
     monkeypatch.setattr(backbone, "download", lambda *_: pytest.fail("a download"))
     loaded, class_names, palette, stored = load_model(tmp_path / "a.pth", torch.device("cpu"))
     assert class_names == NAMES and stored == options and not any(module.training for module in loaded.modules())

@@ -22,6 +22,8 @@ from utils.published import convert, download_torchvision, model_of, unnamed, we
 KEYS = {"model_state", "optimizer_state", "scheduler_state", "scaler_state", "cur_itrs", "best_score"}
 OURS_ALONE = {"best_itr", "scores", "options", "class_names", "palette"}  # files of others have none of these
 KEYS |= OURS_ALONE
+KINDS = {"model_state": dict, "optimizer_state": dict, "scheduler_state": dict, "scaler_state": dict, "cur_itrs": int}
+KINDS |= {"best_score": (int, float), "best_itr": int, "options": dict, "class_names": list, "palette": list}
 COUNTERS = "num_batches_tracked"  # of batch norms: unused where the momentum is set, and older files have none
 
 
@@ -187,7 +189,13 @@ def load_checkpoint(path: str | Path, *, flag: str = "--ckpt", model: str | None
     missing = sorted(KEYS - content.keys())
     if missing and OURS_ALONE & content.keys():
         raise InputError(f"{flag} {path}: not a checkpoint of main.py, it lacks {', '.join(missing)}")
-    return convert(content, f"{flag} {path}") if missing else content
+    if missing:
+        return convert(content, f"{flag} {path}")
+    if odd := [name for name, kind in KINDS.items() if not isinstance(content[name], kind)]:
+        raise InputError(f"{flag} {path}: not a checkpoint of main.py, its {odd[0]} is of another kind")
+    if lacking := {"model", "output_stride"} - content["options"].keys():
+        raise InputError(f"{flag} {path}: not a checkpoint of main.py, its options lack {min(lacking)}")
+    return content
 
 
 def knowledge(checkpoint: dict) -> dict[str, str]:

@@ -97,6 +97,7 @@ class Interruption:
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self.signal = 0
+        self._noted: float | None = None  # when this process had a signal of its own
         self._warn = warn
 
     def __enter__(self) -> Self:
@@ -110,8 +111,8 @@ class Interruption:
             signal.signal(number, handler or signal.SIG_DFL)  # None: set outside Python
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if not self.signal:
-            self.signal, self._noted = number, time.monotonic()
+        if self._noted is None:
+            self.signal, self._noted = self.signal or number, time.monotonic()
         elif time.monotonic() - self._noted > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -9,6 +9,7 @@ share it, and so is a loss: it divides by the labelled pixels of the whole batch
 import contextlib
 import inspect
 import os
+import socket
 import sys
 import time
 import uuid
@@ -28,6 +29,7 @@ from utils.errors import InputError
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(minutes=10)  # with processes that are still to come
+LONGEST_TURN = timedelta(hours=2)  # that one process may take, to download or to look at all files, while others wait
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def join() -> Iterator[World]:
 
     Raises InputError for an environment that is not torchrun's; ends with exit code 1 where another process is gone.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         yield ALONE
         return
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -147,11 +149,15 @@ def join() -> Iterator[World]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start with torchrun, "
             "or unset WORLD_SIZE"
         )
-    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    try:
+        world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    except ValueError as error:
+        raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK: not numbers ({error}); start with torchrun") from None
     try:
         store = attempt_of(world, next(rendezvous("env://", timeout=PATIENCE))[0])
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+        group = {"rank": world.rank, "world_size": world.size, "timeout": LONGEST_TURN}
+        dist.init_process_group(backend, store=store, **group)
     except (dist.DistError, RuntimeError, ValueError, TimeoutError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = (str(error).splitlines() or ["unknown"])[0]
@@ -163,9 +169,11 @@ def join() -> Iterator[World]:
     except RuntimeError as error:
         if not is_loss_of_another(error):
             raise
+        reason = " ".join(str(error).split())[:300]
         print(
-            f"{sys.argv[0]}: process {world.rank} of {world.size} ends, for another one of this job is gone; what it "
-            "said is above. The same command with --continue_training goes on from latest.pth",
+            f"{sys.argv[0]}: process {world.rank} of {world.size} ends, for another one of this job is gone or "
+            f"cannot be reached ({reason}); if one had an error of its own, it is above. The same command with "
+            "--continue_training goes on from latest.pth, if there is one",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
@@ -208,3 +216,9 @@ def is_loss_of_another(error: RuntimeError) -> bool:
 def restarted() -> bool:
     """Whether torchrun (`--max-restarts`) started this process anew after a fault."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def job_id() -> str:
+    """What tells the job of a torchrun from others, the same for all its restarts; empty without torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{run} {socket.gethostname()} {os.getppid()}" if run else ""

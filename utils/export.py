@@ -1,6 +1,5 @@
 """A trained network as one ONNX file, which is kept only if it computes what PyTorch computes."""
 
-import argparse
 import contextlib
 import copy
 import importlib
@@ -22,7 +21,6 @@ from network.fold import folded
 from utils.atomic import replacing, temporary_of
 from utils.engine import normalize
 from utils.errors import InputError
-from utils.prediction import load_model
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # that nothing else needs
 OPSETS = range(18, 24)  # those that torch's exporter writes by itself: older ones it would have to convert to
@@ -185,13 +183,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def export_checkpoint(opts: argparse.Namespace) -> dict:
-    """`--export`: the checkpoint as an ONNX file. There are no scores."""
-    check_target(Path(opts.export), opts.export_opset)
-    trained = load_model(opts.ckpt, torch.device("cpu"))
-    about = {"model": trained.options["model"], "output_stride": str(trained.options["output_stride"])}
-    names = {"class_names": trained.class_names, "palette": trained.palette, "about": about}
-    export_onnx(trained.model, Path(opts.export), opset=opts.export_opset, **names)
-    return {}

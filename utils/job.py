@@ -57,7 +57,7 @@ def validate_and_keep(job: Job, clock: float) -> None:
     state.validation_due = False
     keep(job)
     show_history(job.vis, run.history()[-1:])
-    if opts.enable_vis:
+    if opts.enable_vis and job.world.is_first:
         show_samples(job)
 
 
@@ -79,13 +79,13 @@ def save(job: Job, name: str) -> None:
     """Saves the state of training in the run's folder. Raises InputError for weights that are not finite."""
     require_finite(job, job.state.losses)
     job.world.average_statistics(job.state.model)
-    if not job.world.is_first:
-        return
-    path = job.run.folder / name
-    about = {"saved": datetime.now().astimezone().isoformat(" ", "seconds"), **environment(job.state.model.device)}
-    dataset, keep_previous = job.val_loader.dataset, name == "latest.pth"
-    job.state.save(path, opts=job.opts, dataset=dataset, about=about, keep_previous=keep_previous)
-    job.run.log(f"Model saved as {path}")
+    if job.world.is_first:
+        path, dataset = job.run.folder / name, job.val_loader.dataset
+        saved = datetime.now().astimezone().isoformat(" ", "seconds")
+        about = {"saved": saved, **environment(job.state.model.device)}
+        job.state.save(path, opts=job.opts, dataset=dataset, about=about, keep_previous=name == "latest.pth")
+        job.run.log(f"Model saved as {path}")
+    job.world.highest(0)  # nobody leaves before it is written: torchrun would end the one that writes
 
 
 def require_finite(job: Job, losses: RunningMean) -> None:
@@ -101,23 +101,31 @@ def require_finite(job: Job, losses: RunningMean) -> None:
         )
 
 
-def keep_what_there_is(job: Job, error: SampleError | RuntimeError) -> InputError:
-    """What to raise where a step cannot be made: the state before it is saved."""
-    opts, done, advice = job.opts, job.state.cur_itrs, "mend it, or leave such samples out with --skip_bad"
-    if isinstance(error, RuntimeError):
-        part = opts.batch_size // opts.grad_accum // job.world.size
-        problem = f"the device's memory does not suffice for {part} crops of {opts.crop_size} pixels at a time"
-        advice = f"give --grad_accum {2 * opts.grad_accum}" if part % 2 == 0 and part > 2 else "lower --batch_size"
-        advice += ", lower --crop_size" + ("" if job.amp else ", or give --amp auto")
-    else:
-        problem = str(error)
+def bad_sample(job: Job, error: SampleError) -> InputError:
+    """What to raise where a sample cannot be used: the state before that step is saved."""
+    done, advice = job.state.cur_itrs, "mend it, or leave such samples out with --skip_bad"
     if not done:
         job.run.discard_unless_validated()
-        return InputError(f"{problem}: {advice}")
+        return InputError(f"{error}: {advice}")
     if job.world.size > 1:  # the others cannot be asked to take part in a save
-        return InputError(f"{problem}: {advice}; --continue_training goes on from latest.pth, if there is one")
+        return InputError(f"{error}: {advice}; --continue_training goes on from latest.pth, if there is one")
     save(job, "latest.pth")
-    return InputError(f"{problem}: {advice}; latest.pth is of iteration {done}, and --continue_training goes on")
+    return InputError(f"{error}: {advice}; latest.pth is of iteration {done}, and --continue_training goes on")
+
+
+def out_of_memory(job: Job) -> InputError:
+    """What to raise where a step finds no memory. Nothing is saved: the pass that failed has moved the statistics of
+    batch norms."""
+    opts = job.opts
+    part = opts.batch_size // opts.grad_accum // job.world.size
+    job.run.discard_unless_validated()
+    advice = f"give --grad_accum {2 * opts.grad_accum}" if part % 2 == 0 and part > 2 else "lower --batch_size"
+    advice += ", lower --crop_size" + ("" if job.amp else ", or give --amp auto")
+    kept = f"; {kept}" if (kept := job.run.kept()) else ""
+    return InputError(
+        f"iteration {job.state.cur_itrs + 1}: the device's memory does not suffice for {part} crops of "
+        f"{opts.crop_size} pixels at a time: {advice}{kept}"
+    )
 
 
 def show_history(vis: Visualizer | SilentVisualizer, rows: list[dict[str, float]]) -> None:

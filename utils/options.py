@@ -97,9 +97,11 @@ def find_run(opts: argparse.Namespace, *, processes: int = 1) -> tuple[Run, dict
     opts.run_name = opts.run_name or default_run_name(opts, checkpoint)
     run = Run(Path(opts.run_dir) / opts.run_name)
 
-    if run.exists and not opts.continue_training and not opts.test_only:
-        raise InputError(f"{run.folder}: that run exists; --continue_training goes on, --run_name starts another")
     own = run.folder / ("best.pth" if opts.test_only else "latest.pth")
+    if run.is_of_this_job and not opts.test_only:  # torchrun has started it anew
+        opts.continue_training |= own.exists() or previous_of(own).exists()
+    elif run.exists and not opts.continue_training and not opts.test_only:
+        raise InputError(f"{run.folder}: that run exists; --continue_training goes on, --run_name starts another")
     if opts.test_only and checkpoint is None:
         opts.ckpt, checkpoint = str(own), load_checkpoint(own)
     elif opts.continue_training and (own.exists() or previous_of(own).exists()):
@@ -153,7 +155,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--train_split", type=inner_path, metavar="LIST", default="train", help="a list in ImageSets/Segmentation")
     text = "the list to validate or, with --test_only, to test on"
     add("--val_split", type=inner_path, metavar="LIST", default="val", help=text)
-    add("--skip_bad", action="store_true", help="look at all files first and leave out those that cannot be used")
+    add("--skip_bad", action="store_true", help="look at all files first and leave out those that are damaged")
 
     add = parser.add_argument_group("model").add_argument
     add(

@@ -55,9 +55,13 @@ def load_model(path: str | Path, device: torch.device) -> TrainedModel:
     Raises InputError for a file that is missing, damaged or of another kind.
     """
     checkpoint = load_checkpoint(path)
+    return build_trained(checkpoint, path, device, output_stride=checkpoint["options"]["output_stride"])
+
+
+def build_trained(checkpoint: dict, path: str | Path, device: torch.device, *, output_stride: int) -> TrainedModel:
+    """As `load_model`, of a checkpoint that is read already; `path` is for messages."""
     options, class_names = checkpoint["options"], checkpoint["class_names"]
-    stride = options["output_stride"]
-    model = build_model(options["model"], num_classes=len(class_names), output_stride=stride)
+    model = build_model(options["model"], num_classes=len(class_names), output_stride=output_stride)
     load_model_state(model, checkpoint, str(path))
     model = model.to(device, memory_format=torch.channels_last).eval()
     model = folded(model) if device.type == "cpu" else model  # as in `engine.evaluate`

@@ -42,13 +42,21 @@ def weights_in(content: dict, where: str) -> dict[str, torch.Tensor]:
     `where`: flag and file, for the message. Raises InputError if there is none.
     """
     state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
-    odd = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
+    odd = [name for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))]
     if odd or not state:
-        what = f"{str(odd[0])[:80]!r} in it is no tensor" if odd else "there is none in it"
+        what = f"{str(odd[0])[:80]!r} in it is no plain tensor" if odd else "there is none in it"
         raise InputError(f"{where}: holds no state dict, for {what}; give a file of weights")
+    if broken := next((name for name, value in state.items() if not value.isfinite().all()), None):
+        raise InputError(f"{where}: holds weights that are not finite ({broken[:80]}); give an earlier checkpoint")
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is numbers in memory: not sparse, not quantised, not without content."""
+    is_dense = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
+    return is_dense and value.device.type == "cpu" and not value.is_complex()
 
 
 def convert(content: dict, where: str) -> dict:
@@ -82,7 +90,7 @@ def convert(content: dict, where: str) -> dict:
         )
 
     last = LAST_LAYERS[model.partition("_")[0]]
-    if last not in state or not 0 < len(state[last]) <= MAX_CLASSES:
+    if last not in state or state[last].ndim != 4 or not 0 < len(state[last]) <= MAX_CLASSES:
         found = list(state[last].shape) if last in state else "not there"
         raise InputError(f"{where}: {last} is {found}; it takes one of 1 to {MAX_CLASSES} classes")
     num_classes, stride = len(state[last]), 8 if source == "torchvision" else 16

@@ -242,7 +242,7 @@ def differing(values: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def options_of(runs: list[RunFiles]) -> dict[str, list[str]]:
-    return side_by_side([{n: v for n, v in run.options.items() if n not in ENVIRONMENT} for run in runs])
+    return side_by_side([{n: v for n, v in run.options.items() if n not in (*ENVIRONMENT, "job")} for run in runs])
 
 
 def lead(runs: list[RunFiles]) -> Html:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import platform
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from datasets.voc import SegmentationDataset
 from utils.atomic import naming, replacing, temporary_of
 from utils.checkpoint import load_checkpoint
+from utils.distributed import job_id, restarted
 from utils.errors import InputError
 from utils.plotting import draw_curves, overlay
 
@@ -53,6 +55,14 @@ class Run:
         self.started = False
         self.damaged: Path | None = None  # the latest.pth that training does not go on from, because it does not load
         self._early: list[str] = []  # what was logged before the start
+
+    @property
+    def is_of_this_job(self) -> bool:
+        """Whether it was started by the torchrun that has now started this process anew."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            options = json.loads((self.folder / "options.json").read_text(encoding="utf-8"))
+            return restarted() and options.get("job") == job_id()
+        return False
 
     @property
     def exists(self) -> bool:
@@ -107,17 +117,18 @@ class Run:
             if not Path(str(cause.filename)).is_relative_to(self.folder):
                 raise
             reason = cause.strerror or cause
-            raise InputError(f"{cause.filename}: cannot be written ({reason}); {self._kept()}") from None
+            kept = self.kept() or "there is no checkpoint: the same command with --continue_training begins anew"
+            raise InputError(f"{cause.filename}: cannot be written ({reason}); once it can be: {kept}") from None
 
-    def _kept(self) -> str:
-        """What training can go on from, and how."""
+    def kept(self) -> str:
+        """What training can go on from, and how; empty if there is nothing."""
         for name in CHECKPOINTS:
             path = self.folder / name
             with contextlib.suppress(InputError):
                 kept = f"{path} of iteration {load_checkpoint(path)['cur_itrs']} is kept"
                 flags = f"--ckpt {path} --continue_training" if name == "best.pth" else "--continue_training"
-                return f"{kept}: once it can be written, the same command with {flags} goes on"
-        return "there is no checkpoint: once it can be written, the same command with --continue_training begins anew"
+                return f"{kept}, and the same command with {flags} goes on"
+        return ""
 
     def history(self) -> list[dict[str, float]]:
         """The rows of `history.csv`, one per validation."""
@@ -220,6 +231,7 @@ class ResultWriter:
             picture.save(temporary, format="JPEG" if path.suffix == ".jpg" else "PNG")
 
 
+@functools.cache  # the commit is that of the start, whatever is committed while it trains
 def environment(device: torch.device) -> dict:
     """What else decides a result: versions, the git commit, the device and the command."""
     here = Path(__file__).parent
@@ -235,6 +247,7 @@ def environment(device: torch.device) -> dict:
         "git_commit": commit,
         "device_name": device_name(device),
         "command": command(),
+        "job": job_id(),
     }
 
 
