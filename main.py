@@ -45,7 +45,7 @@ from utils.job import (
 from utils.loss import ADDITIVE_LOSSES, build_loss, class_weights
 from utils.metrics import RunningMean, format_class_table, format_scores
 from utils.optimizer import build_optimizer
-from utils.options import differences, find_run, get_parser, require_fitting, settle_model
+from utils.options import ABOUT_THE_DATA, differences, find_run, get_parser, require_fitting, settle_model
 from utils.prediction import build_trained
 from utils.run import Run, SilentRun, device_name
 from utils.visualizer import build_visualizer
@@ -84,7 +84,10 @@ def start(opts: argparse.Namespace, world: World) -> dict:
 
     lists = (run.folder.parent if opts.test_only else run.folder) / "splits"
     transform = crop_val_transform(opts.crop_size) if opts.crop_val else eval_transform()
-    val_set = open_data(opts, run, opts.val_split, transform=transform, lists=lists, world=world)
+    try:
+        val_set = open_data(opts, run, opts.val_split, transform=transform, lists=lists, world=world)
+    except InputError as error:
+        raise InputError(f"{error}{hint_of_data(opts, checkpoint)}") from None
     if checkpoint:
         world.together(lambda: require_classes(checkpoint["class_names"], val_set.class_names, opts.ckpt))
     torch.manual_seed(opts.random_seed)
@@ -113,6 +116,15 @@ def open_data(
     return dataset
 
 
+def hint_of_data(opts: argparse.Namespace, checkpoint: dict | None) -> str:
+    """With which data a checkpoint was trained, where these are others."""
+    known = {name: checkpoint["options"].get(name) for name in ABOUT_THE_DATA} if checkpoint else {}
+    if all(value in (None, getattr(opts, name)) for name, value in known.items()):
+        return ""
+    flags = " ".join(f"--{name} {value}" for name, value in known.items())
+    return f" ({opts.ckpt} was trained with {flags})"
+
+
 def require_ids(dataset: SegmentationDataset, ids: list[str]) -> None:
     """Raises InputError unless the samples are those of the job's first process, for all share out one list."""
     if dataset.ids != ids:
@@ -139,7 +151,7 @@ def prepare_model(opts: argparse.Namespace, run: Run, num_classes: int, checkpoi
     elif opts.init_from:
         run.log("\n".join(init_from(model, opts.init_from)))
     elif opts.freeze_bn:
-        run.log("warning: --freeze_bn keeps the head's batch norms at mean 0 and deviation 1: give --ckpt")
+        run.log("warning: --freeze_bn keeps batch norms without weights at mean 0 and deviation 1: give --ckpt")
     return model
 
 
@@ -246,6 +258,8 @@ def run_training(job: Job, criterion: Callable[[torch.Tensor, torch.Tensor], tor
     model, optimizer, device = state.model, state.optimizer, state.model.device
     itrs_per_epoch = job.loader.batch_sampler.itrs_per_epoch
     val_interval = opts.val_interval or itrs_per_epoch
+    if val_interval < 10 < opts.total_itrs:
+        run.log(f"Validation is after every {val_interval} iterations: --val_interval makes it rarer")
     forward = world.replicated(model)
     forward = compiled(forward, run.log) if opts.compile else forward
     since_print, clock = RunningMean(), time.perf_counter()

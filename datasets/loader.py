@@ -63,6 +63,8 @@ def _leave_signals_to_the_parent(leaving: Event, _: int) -> None:
     """A terminal and a scheduler signal all processes of a job; the parent ends its workers once it has saved, and
     at its exit, for which it then waits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # Windows has none
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.is_set() else None)
 
 

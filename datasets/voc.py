@@ -198,7 +198,7 @@ class VOCSegmentation(SegmentationDataset):
         folder = Path(root) / "VOCdevkit" / "VOC2012"
         if not folder.is_dir():
             raise InputError(
-                f"{folder}: there is no such folder; give --data_root what holds VOCdevkit, or --download"
+                f"{folder}: there is no such folder; give --data_root what holds VOCdevkit, or main.py --download"
             )
         lists, masks = folder / "ImageSets" / "Segmentation", "SegmentationClass"
         if year == "2012_aug" and image_set in ("train", "train_aug"):

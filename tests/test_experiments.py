@@ -177,7 +177,7 @@ def test_a_run_may_save_before_the_list_ends(make_list, folder, tmp_path, to_the
     shared = f"--dataset folder --data_root {folder} {' '.join(TINY)}"
     path = make_list("a: --total_itrs 100000 --val_interval 100000", shared=shared)
     process = subprocess.Popen(
-        [sys.executable, "-m", "utils.experiments", str(path)],
+        [sys.executable, "-m", "utils.experiments", str(path), "--test_split", "val"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -277,3 +277,12 @@ def test_help_says_how_to_start_it():
     command = [sys.executable, "-m", "utils.experiments", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert shown.stdout.startswith("usage: python -m utils.experiments FILE") and "--test_split" in shown.stdout
+
+
+def test_a_list_to_test_on_that_is_not_there_is_found_before_the_training(make_list, folder, tmp_path, capfd):
+    path = make_list("small:", shared=f"--dataset folder --data_root {folder} --total_itrs 1 {' '.join(TINY)}")
+    with pytest.raises(SystemExit) as stop:
+        experiments.main([str(path)])
+    assert "small_s1 (exit code 2)" in stop.value.code
+    assert "test.txt: there is no such split list" in (err := capfd.readouterr().err)
+    assert "--test_split names another list to test on, or none" in err and not (tmp_path / "runs").exists()

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -70,7 +71,7 @@ def test_a_run_leaves_its_files_and_says_what_the_field_knows(start, tmp_path):
         "Dataset: folder, Train set: 4, Val set: 3",
         "Epoch 3, Itrs 5/5, Loss=",
         f"Model saved as {run / 'latest.pth'}",
-        "validation...",
+        "validation after iteration 2...",
         "new best mIoU: ",
         "best score and itr: ",
         f"Mean IoU: {scores['Mean IoU']:.6f}",
@@ -249,7 +250,9 @@ def test_other_tta_is_refused_with_its_item(refused, text):
 
 
 def test_one_way_to_test_has_one_folder():
-    folders = {folder_of_test(get_parser().parse_args(["--tta", text])) for text in ("flip,0.5,1.0", "1, 0.50,flip")}
+    folders = {
+        folder_of_test(get_parser().parse_args(["--tta", text]), {}) for text in ("flip,0.5,1.0", "1, 0.50,flip")
+    }
     assert folders == {"test_val_tta_flip_0.5_1"}
 
 
@@ -588,3 +591,17 @@ def test_works_where_worker_processes_are_spawned(folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "best score and itr" in result.stdout
+
+
+def test_data_other_than_the_trainings_are_named_and_tested_in_a_folder_of_their_own(
+    folder, start, refused, tmp_path
+):
+    start("--run_name", "a", "--total_itrs", 1)
+    best = tmp_path / "runs/a/best.pth"
+    shutil.copytree(folder, tmp_path / "other")
+    for data in (folder, tmp_path / "other"):
+        start("--data_root", data, "--test_only", "--ckpt", best)
+    assert sorted(path.name for path in (tmp_path / "runs/a").glob("test*")) == ["test_val", "test_val_folder_other"]
+    line = refused("--dataset", "voc", "--data_root", tmp_path / "none", "--test_only", "--ckpt", best)
+    assert f"({best} was trained with --dataset folder --data_root {folder} --year 2012)" in line
+    assert "--eval_output_stride 8: MobileNetV3" in refused("--test_only", "--ckpt", best, "--eval_output_stride", 8)

@@ -11,6 +11,7 @@ import torch
 import main
 from datasets.transforms import TrainTransform
 from tests.conftest import ROOT, TINY, wrap_everywhere
+from utils.cli import Interruption
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def signal_at(monkeypatch, name, call, number):
     [
         ("accumulate", 1, signal.SIGTERM, "step", 0),
         ("accumulate", 2, signal.SIGINT, "poly", 1),
-        ("accumulate", 5, signal.SIGTERM, "poly", 0),
+        ("accumulate", 5, signal.SIGHUP, "poly", 0),
         ("accumulate", 6, signal.SIGTERM, "step", 1),  # a validation follows
         ("evaluate", 1, signal.SIGTERM, "step", 0),
         ("evaluate", 2, signal.SIGINT, "poly", 1),
@@ -281,3 +282,27 @@ def test_history_that_was_damaged_is_refused_by_name(start, tmp_path, capsys, te
     with pytest.raises(SystemExit) as stop:
         start("a", "--total_itrs", 4, "--continue_training")
     assert stop.value.code == 2 and "history.csv: is not a history" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_does_not_end_the_training(folder, tmp_path):
+    data = ["--dataset", "folder", "--data_root", folder, "--run_dir", tmp_path, "--run_name", "a"]
+    command = [sys.executable, ROOT / "main.py", *data, *TINY, "--total_itrs", 2]
+    job = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert job.stdout.readline().startswith("Device")
+    job.stdout.close()
+    assert job.wait(120) == 0 and job.stderr.read() == ""
+    job.stderr.close()
+    assert "best score and itr" in (tmp_path / "a/log.txt").read_text()
+
+
+def test_a_process_that_ignores_hangups_goes_on_ignoring_them():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Interruption(print) as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            interruption.check()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -372,3 +372,12 @@ def test_the_command_has_help(capsys):
         sbd.main(["--help"])
     out = capsys.readouterr().out
     assert not done.value.code and "--sbd" in out and "--data_root" in out and "datasets.sbd" in out
+
+
+def test_an_archive_whose_header_makes_no_sense_is_refused(voc, tmp_path, capsys):
+    odd = tarfile.TarInfo("benchmark_RELEASE/dataset/cls/2008_000099.mat")
+    odd.pax_headers = {"GNU.sparse.map": "a,b"}
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(odd)
+    refuse(path, voc, capsys, "cannot be read")

@@ -89,8 +89,9 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Inside, the first SIGTERM or SIGINT is noted, for the work to be left in order; another one ends the process
-    at once, unless it follows within a second: a launcher and the system may both pass the same one on.
+    """Inside, the first SIGTERM, SIGINT or SIGHUP (of a terminal that is closed) is noted, for the work to be left in
+    order; another one ends the process at once, unless it follows within a second: a launcher and the system may both
+    pass the same one on.
 
     `signal` is its number, 0 before.
     """
@@ -103,7 +104,9 @@ class Interruption:
     def __enter__(self) -> Self:
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+            wanted = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup ignores
+            self._before = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:

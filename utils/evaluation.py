@@ -28,6 +28,7 @@ def validate(
     amp: torch.dtype | None,
     world: World,
     interruption: Interruption | None = None,
+    when: str = "",
 ) -> dict:
     """Scores a model on the whole of a loader's split, prints the scores and writes them to the run's folder.
 
@@ -36,7 +37,7 @@ def validate(
     dataset = loader.dataset
     writer = ResultWriter(run.folder / "results", dataset) if opts.save_val_results else None
     card = Card(dataset.ids, dataset.num_classes, model.device, also=writer) if opts.test_only else None
-    run.log("validation...")
+    run.log(f"validation{when}...")
 
     def on_batch(*batch: object) -> None:
         if interruption is not None and interruption.signal:

@@ -9,6 +9,7 @@ A line of the list is `<label>: <flags of main.py>`; those after `all:` come bef
 lines and lines that begin with # are skipped.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from datasets.loader import open_split
+from datasets.transforms import eval_transform
 from utils.cli import Parser, exit_codes
 from utils.errors import InputError
 from utils.options import ABOUT_THE_START, get_parser, require_fitting, settle_model
@@ -55,11 +58,25 @@ class Experiment:
         test = self.folder / f"test_{split}" / "class_iou.csv"
         if self.trained() and (test.is_file() or not split):
             return 0
+        if split and (problem := self.problem_of(split)):
+            print(f"experiments.py: error: {problem}", file=sys.stderr)
+            return 2
         best = str(self.given_folder / "best.pth")
         code = run_main([*self.arguments, "--continue_training"])  # ends at once where only the test is missing
         if code or not split:
             return code
         return run_main([*self.arguments, "--test_only", "--ckpt", best, "--val_split", split])
+
+    def problem_of(self, split: str) -> str:
+        """What is wrong with the list to test on, before hours of training; empty if nothing is."""
+        opts, lists = get_parser().parse_args(self.arguments), ROOT / self.given_folder / "splits"
+        with contextlib.suppress(InputError):  # of the training, which tells it itself
+            open_split(opts, opts.train_split, eval_transform(), lists)
+            try:
+                open_split(opts, split, eval_transform(), lists)
+            except InputError as error:
+                return f"{error}; --test_split names another list to test on, or none"
+        return ""
 
     def results(self, split: str) -> dict[str, float]:
         """What was measured, by its column's name; nothing of a run that has not come to its end."""
@@ -251,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         write_table(table, experiments, split=split, classes=classes)
     print(f"Table: {table}")
     if failed := [f"{run.folder.name} (exit code {run.exit_code})" for run in experiments if run.exit_code]:
-        sys.exit(f"experiments.py: error: failed: {', '.join(failed)}; see above, mend the list and start it again")
+        sys.exit(f"experiments.py: error: failed: {', '.join(failed)}; see above, mend that and start it again")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def validate_and_keep(job: Job, clock: float) -> None:
     job.world.average_statistics(state.model)
     trained = time.perf_counter()
     how = {"amp": job.amp, "world": job.world, "interruption": job.interruption}
-    state.scores = validate(opts, run, model=state.model, loader=job.val_loader, **how)
+    when = f" after iteration {state.cur_itrs}"
+    state.scores = validate(opts, run, model=state.model, loader=job.val_loader, when=when, **how)
     run.add_history(
         state.scores,
         epoch=state.epoch,
@@ -103,14 +104,14 @@ def require_finite(job: Job, losses: RunningMean) -> None:
 
 def bad_sample(job: Job, error: SampleError) -> InputError:
     """What to raise where a sample cannot be used: the state before that step is saved."""
-    done, advice = job.state.cur_itrs, "mend it, or leave such samples out with --skip_bad"
+    done, advice = job.state.cur_itrs, "--skip_bad leaves such samples out"
     if not done:
         job.run.discard_unless_validated()
-        return InputError(f"{error}: {advice}")
+        return InputError(f"{error}; {advice}")
     if job.world.size > 1:  # the others cannot be asked to take part in a save
-        return InputError(f"{error}: {advice}; --continue_training goes on from latest.pth, if there is one")
+        return InputError(f"{error}; {advice}; --continue_training goes on from latest.pth, if there is one")
     save(job, "latest.pth")
-    return InputError(f"{error}: {advice}; latest.pth is of iteration {done}, and --continue_training goes on")
+    return InputError(f"{error}; {advice}; latest.pth is of iteration {done}, and --continue_training goes on")
 
 
 def out_of_memory(job: Job) -> InputError:

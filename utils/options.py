@@ -29,14 +29,17 @@ def default_run_name(opts: argparse.Namespace, checkpoint: dict | None) -> str:
     return f"{model}_{opts.dataset}_os{stride}_{opts.loss_type}{weights}"
 
 
-def folder_of_test(opts: argparse.Namespace) -> str:
-    """`test_<split>`, with what is not the plain evaluation: one does not overwrite the other."""
+def folder_of_test(opts: argparse.Namespace, trained: dict) -> str:
+    """`test_<split>`, with what is not the plain evaluation on the data of the training, whose options `trained` are:
+    one does not overwrite the other."""
+    now, then = ((known.get("dataset"), known.get("data_root")) for known in (vars(opts), trained))
+    data = "" if None in then or now == then else f"_{opts.dataset}_{Path(opts.data_root).resolve().name}"
     stride = f"_os{opts.eval_output_stride}" if opts.eval_output_stride else ""
     tta = ""
     if opts.tta:
         flip, scales = parse_tta(opts.tta)
         tta = "_tta" + "_flip" * flip + "".join(f"_{scale:g}" for scale in sorted(scales))
-    return f"test_{opts.val_split}{stride}{tta}" + (f"_crop{opts.crop_size}" if opts.crop_val else "")
+    return f"test_{opts.val_split}{data}{stride}{tta}" + (f"_crop{opts.crop_size}" if opts.crop_val else "")
 
 
 def require_fitting(opts: argparse.Namespace, *, processes: int = 1) -> None:
@@ -113,15 +116,20 @@ def find_run(opts: argparse.Namespace, *, processes: int = 1) -> tuple[Run, dict
             run.log(f"{own} is there: the run goes on from it, not from {opts.ckpt}")
         opts.ckpt, checkpoint = str(newest), loaded
     elif opts.continue_training and checkpoint is None:
-        run.log(f"{own} is not there: the run starts from the beginning")
+        known = sorted(path.parent.name for path in run.folder.parent.glob("*/latest.pth"))
+        others = f" (there are {', '.join(known[:10])})" if known else ""
+        run.log(f"{own} is not there: the run starts from the beginning{others}")
     if checkpoint and opts.continue_training:
         require_training_state(checkpoint, opts.ckpt)
     settle_model(opts, checkpoint)
+    if opts.eval_output_stride == 8 and "mobilenet" in opts.model:
+        raise InputError("--eval_output_stride 8: MobileNetV3 has 16 only; leave it out, or use a ResNet")
 
     if opts.test_only:  # beside the checkpoint's own run, where it belongs to one, and on its division of the data
         opts.random_seed = checkpoint["options"].get("random_seed", opts.random_seed)
         beside = Path(opts.ckpt).parent
-        run = Run((beside if (beside / "options.json").is_file() else run.folder) / folder_of_test(opts))
+        folder = beside if (beside / "options.json").is_file() else run.folder
+        run = Run(folder / folder_of_test(opts, checkpoint["options"]))
     return run, checkpoint
 
 

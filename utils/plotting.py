@@ -98,7 +98,7 @@ def draw_samples(dataset: SegmentationDataset, indices: list[int], path: Path) -
 
 
 def draw_statistics(statistics: ClassStatistics, palette: np.ndarray, path: Path) -> None:
-    """Share of the labelled pixels and number of images of each class, most frequent first, on log scales."""
+    """Share of the labelled pixels, on a log scale, and number of images of each class, most frequent first."""
     order = np.argsort(-statistics.pixels, kind="stable")
     names = [statistics.class_names[class_id] for class_id in order]
     figure = new_figure(12, 0.28 * len(names) + 1.6)
@@ -110,11 +110,14 @@ def draw_statistics(statistics: ClassStatistics, palette: np.ndarray, path: Path
     for axes, values, title, form in panels:
         bars = axes.barh(names, values[order], color=palette[order] / 255, edgecolor="0.3")
         axes.bar_label(bars, [form.format(value) for value in values[order]], padding=3, fontsize=8)
-        axes.set(xscale="log", title=f"{title} (log scale)")
-        axes.set_xlim(10 ** np.floor(np.log10(values[values > 0].min())), 3 * values.max())  # from a whole decade
+        axes.set_title(title)
         axes.margins(y=0.01)
         axes.grid(axis="x", alpha=0.3)
-        axes.xaxis.set_minor_formatter(NullFormatter())  # their labels would overlap
+    shares.set(xscale="log", title="share of labelled pixels (log scale)")
+    present = statistics.shares[statistics.shares > 0]
+    shares.set_xlim(10 ** np.floor(np.log10(present.min())), 3 * present.max())  # from a whole decade
+    shares.xaxis.set_minor_formatter(NullFormatter())  # their labels would overlap
+    images.set_xlim(0, 1.15 * max(1, statistics.images.max()))
     shares.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     images.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     shares.invert_yaxis()
@@ -181,6 +184,10 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(alpha=0.3)
         axes.margins(y=0.15)
+        axes.ticklabel_format(axis="y", useOffset=False)
+    low, high = all_axes[0].get_ylim()
+    if high - low < 0.02:  # no more than that is noise, and stretched to the whole height it would look like a fall
+        all_axes[0].set_ylim((low + high) / 2 - 0.01, (low + high) / 2 + 0.01)
     all_axes[2].set_ylim(bottom=0)
     figure.legend(handles=all_axes[0].get_lines()[::2], loc="outside lower center", frameon=False)
     save(figure, path)

@@ -347,7 +347,7 @@ def classes_section(runs: list[RunFiles]) -> Html:
         row, present = [name], [run.class_iou[name] for run in runs if run.class_iou.get(name, math.nan) >= 0]
         for run in runs:
             iou = run.class_iou.get(name, math.nan)
-            is_top = len(present) > 1 and iou == max(present)
+            is_top = len(present) > 1 and iou == max(present) > 0
             if math.isnan(iou):
                 row.append(td("-" if name in run.class_iou else "not a class", "soft"))
             else:

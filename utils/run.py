@@ -5,6 +5,7 @@ import csv
 import functools
 import io
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -94,7 +95,11 @@ class Run:
 
     def log(self, message: str) -> None:
         """A line on the screen, above any progress bar, and in `log.txt`."""
-        tqdm.write(message, file=sys.stdout)
+        try:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # the terminal is closed, or the program that reads has left: training goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self.started:
             self._write_log([message])
         else:
