@@ -78,8 +78,9 @@ def hwc(image: torch.Tensor) -> np.ndarray:
 
 def draw_samples(dataset: SegmentationDataset, indices: list[int], path: Path) -> None:
     """Each image above its annotation, its id below, ten a row, and a legend of the data set's classes."""
-    rows = -(-len(indices) // COLUMNS)
-    figure = new_figure(2 * min(COLUMNS, len(indices)), 3.6 * rows + 0.9)
+    rows, masks = -(-len(indices) // COLUMNS), {index: dataset.mask(index) for index in indices}
+    ratio = np.mean([mask.shape[0] / mask.shape[1] for mask in masks.values()])
+    figure = new_figure(2 * min(COLUMNS, len(indices)), (2 * 1.93 * ratio + 0.3) * rows + 0.9)
     grid = figure.subplots(2 * rows, min(COLUMNS, len(indices)), squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -89,7 +90,7 @@ def draw_samples(dataset: SegmentationDataset, indices: list[int], path: Path) -
         above.set_axis_on()
         below.set_axis_on()
         show(above, hwc(dataset.image(index)) if dataset.images[index].is_file() else None)
-        show(below, dataset.decode_target(dataset.mask(index)), label=dataset.ids[index])
+        show(below, dataset.decode_target(masks[index]), label=dataset.ids[index])
     if dataset.missing_images:
         missing = f"{len(dataset.missing_images)} of {len(dataset)} photographs are missing"
         figure.suptitle(f"{missing}: annotations alone are shown for them")
@@ -178,7 +179,9 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
         all_axes[0].plot(best["itr"], best["mean_iou"], marker="*", markersize=15, color=f"C{number}", mec="black")
         if len(histories) <= 2:  # more of them cover each other; the legend has them all
             place = (best["itr"], best["mean_iou"])
-            all_axes[0].annotate(f"{place[1]:.4f}", place, (0, 9), textcoords="offset points", ha="center")
+            first, last = rows[0]["itr"] == best["itr"], rows[-1]["itr"] == best["itr"]  # at the edge, away from it
+            side = "center" if first == last else "left" if first else "right"
+            all_axes[0].annotate(f"{place[1]:.4f}", place, (0, 9), textcoords="offset points", ha=side)
     for axes, (_, title) in zip(all_axes, panels, strict=True):
         axes.set(title=title, xlabel="iteration")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
