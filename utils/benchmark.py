@@ -37,7 +37,6 @@ from datasets.sampler import SameSizeBatches, TrainBatches
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, MEAN_COLOUR, eval_transform, train_transform
 from datasets.voc import VOC_CLASSES, voc_colormap
 from network import MODELS, build_model
-from utils.checkpoint import KEYS, save_checkpoint
 from utils.cli import Parser, exit_codes, number
 from utils.engine import accumulate, choose_amp, choose_device, compiled, evaluate, normalize
 from utils.errors import InputError
@@ -45,7 +44,7 @@ from utils.loss import build_loss
 from utils.metrics import ConfusionMatrix
 from utils.optimizer import build_optimizer
 from utils.options import get_parser
-from utils.prediction import load_model, predict_picture
+from utils.prediction import build_trained, predict_picture
 from utils.run import device_name, peak_memory_mb, write_text
 
 PICTURE = (375, 500)  # height and width of most pictures of VOC
@@ -346,13 +345,11 @@ def predict(opts: argparse.Namespace) -> Part:
 
 
 def trained_model(opts: argparse.Namespace) -> nn.Module:
-    """A model that `prediction.load_model` has read back."""
-    path = opts.folder / "model.pth"
+    """A model as `prediction.load_model` makes it of a checkpoint."""
     options = {"model": opts.model, "output_stride": opts.output_stride}
     content = {"model_state": our_model(opts).state_dict(), "options": options}
     content |= {"class_names": VOC_CLASSES, "palette": voc_colormap().tolist()}
-    save_checkpoint(path, dict.fromkeys(KEYS) | content)
-    return load_model(path, opts.device).model
+    return build_trained(content, "benchmark", opts.device, output_stride=opts.output_stride).model
 
 
 PARTS = {  # by size: on the CPU the memory of a part is the process's peak up to then
