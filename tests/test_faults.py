@@ -305,6 +305,13 @@ def stray(path):
     mask.save(path)
 
 
+def swap(path, damage):
+    """At once, lest a worker reads half of it."""
+    other = Path(shutil.copy(path, path.with_name(f"other_{path.name}")))
+    damage(other)
+    other.replace(path)
+
+
 BAD = [
     ("JPEGImages/a2.jpg", halve, "cannot be read as a picture"),
     ("JPEGImages/a2.jpg", lambda path: path.write_bytes(b""), "it is empty"),
@@ -330,7 +337,7 @@ def test_a_sample_that_goes_bad_is_named_and_what_was_trained_is_saved(
 ):
     flags = ("--data_root", data, "--num_workers", workers, "--val_interval", 9, "--total_itrs", 9)
     with monkeypatch.context() as patch:  # three iterations are an epoch: in the second one it is met for sure
-        before(patch, "accumulate", 3, lambda *_: damage(data / name))
+        before(patch, "accumulate", 3, lambda *_: swap(data / name, damage))
         line = refused(*flags)
     assert str(data / name) in line and words in line and "--skip_bad" in line
     itr = load_checkpoint(tmp_path / "a/latest.pth")["cur_itrs"]
