@@ -166,15 +166,7 @@ def train(
     world: World,
 ) -> dict:
     """Sets training up, or takes it up again; returns the scores of its last validation."""
-    synchronised = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
-    part = opts.batch_size // opts.grad_accum // world.size
-    if part < opts.batch_size:
-        seen = part * (world.size if synchronised else 1)
-        if seen < opts.batch_size and not opts.freeze_bn:
-            reason = "--grad_accum" if opts.grad_accum > 1 else "it is synchronised between GPUs only"
-            run.log(f"Batch normalisation sees {seen} images at a time, not {opts.batch_size} ({reason})")
-        if opts.loss_type not in ADDITIVE_LOSSES:
-            run.log(f"{opts.loss_type} is of {part} images at a time too; the step has the mean of these losses")
+    tell_what_parts_see(opts, run, model, world)
     transform = train_transform(opts.crop_size, seed=opts.random_seed)
     lists = run.folder / "splits"
     train_set = open_data(opts, run, opts.train_split, transform=transform, lists=lists, world=world)
@@ -193,13 +185,9 @@ def train(
             return report(run, state)
 
     weights = world.from_first(lambda: choose_class_weights(opts, run, train_set))
-    criterion = build_loss(
-        opts.loss_type,
-        focal_gamma=opts.focal_gamma,
-        ohem_threshold=opts.ohem_threshold,
-        ohem_keep=opts.ohem_keep,
-        class_weights=weights.to(model.device) if weights is not None else None,
-    )
+    known = {"focal_gamma": opts.focal_gamma, "ohem_threshold": opts.ohem_threshold, "ohem_keep": opts.ohem_keep}
+    known["class_weights"] = weights.to(model.device) if weights is not None else None
+    criterion = world.together(lambda: build_loss(opts.loss_type, **known))
     sampled = {"batch_size": opts.batch_size, "seed": opts.random_seed, "share": world.share(opts.batch_size)}
     itrs = {"total_itrs": opts.total_itrs, "start_itr": state.cur_itrs}
     batches = world.together(lambda: TrainBatches(len(train_set), **sampled, **itrs))
@@ -217,28 +205,47 @@ def train(
     show_history(vis, run.history())
     with run.writing(), Interruption(run.log) as interruption:
         job = Job(opts, run, state, loader, val_loader, amp=amp, vis=vis, interruption=interruption, world=world)
-        try:
-            run_training(job, criterion)
-        except Interrupted:
-            save(job, "latest.pth")
-            run.log(f"interrupted at iteration {state.cur_itrs}: the same command with --continue_training goes on")
-            raise SystemExit(128 + interruption.signal) from None
-        except SampleError as error:
-            raise bad_sample(job, error) from None
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(job) from None
-            if is_loss_of_another(error):
-                run.discard_unless_validated()
-            raise
-        except InputError:
-            run.discard_unless_validated()
-            raise
-        finally:
-            vis.close()
-            end_workers(loader)
-            end_workers(val_loader)
+        run_to_an_end(job, criterion)
         return report(run, state)
+
+
+def tell_what_parts_see(opts: argparse.Namespace, run: Run, model: DeepLab, world: World) -> None:
+    """Logs what is not of the whole batch where processes, or parts of a step, share it."""
+    synchronised = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+    part = opts.batch_size // opts.grad_accum // world.size
+    if part < opts.batch_size:
+        seen = part * (world.size if synchronised else 1)
+        if seen < opts.batch_size and not opts.freeze_bn:
+            reason = "--grad_accum" if opts.grad_accum > 1 else "it is synchronised between GPUs only"
+            run.log(f"Batch normalisation sees {seen} images at a time, not {opts.batch_size} ({reason})")
+        if opts.loss_type not in ADDITIVE_LOSSES:
+            run.log(f"{opts.loss_type} is of {part} images at a time too; the step has the mean of these losses")
+
+
+def run_to_an_end(job: Job, criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """Trains; where that cannot go on, leaves what there is in order and says how to."""
+    run, state = job.run, job.state
+    try:
+        run_training(job, criterion)
+    except Interrupted:
+        save(job, "latest.pth")
+        run.log(f"interrupted at iteration {state.cur_itrs}: the same command with --continue_training goes on")
+        raise SystemExit(128 + job.interruption.signal) from None
+    except SampleError as error:
+        raise bad_sample(job, error) from None
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(job) from None
+        if is_loss_of_another(error):
+            run.discard_unless_validated()
+        raise
+    except InputError:
+        run.discard_unless_validated()
+        raise
+    finally:
+        job.vis.close()
+        end_workers(job.loader)
+        end_workers(job.val_loader)
 
 
 def choose_class_weights(opts: argparse.Namespace, run: Run, train_set: SegmentationDataset) -> torch.Tensor | None:

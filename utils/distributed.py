@@ -185,7 +185,7 @@ def attempt_of(world: World, store: dist.Store) -> dist.Store:
     """The part of torchrun's store that this attempt of the job has for itself.
 
     When torchrun starts all processes anew, the store still holds the addresses of those that are gone, and who reads
-    one of them waits in vain (pytorch issue 135712). So each process leaves a name that is new, the first one calls a
+    one of them waits in vain (PyTorch #135712). So each process leaves a name that is new, the first one calls a
     roll of the names until all have answered, and the attempt goes by the first one's name.
     """
     name, deadline = uuid.uuid4().hex, time.monotonic() + PATIENCE.total_seconds()

@@ -80,7 +80,7 @@ def test(
 ) -> dict:
     """`--test_only`: scores the model and leaves the scores in the run's `test_<split>` folder."""
     run.log(f"Dataset: {opts.dataset}, Test set: {len(test_set)} ({opts.val_split})")
-    sizes = test_set.sizes()
+    sizes = world.together(test_set.sizes)
     if opts.crop_val:
         run.log(f"Centre crops of {opts.crop_size}: these scores do not compare with those of whole pictures")
         sizes = [(opts.crop_size, opts.crop_size)] * len(test_set)
