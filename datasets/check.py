@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from datasets.files import VOID, read_image, read_mask, require_one_size
+from datasets.files import IMAGE_SUFFIXES, VOID, read_image, read_mask, require_one_size
 from datasets.folder import FolderSegmentation
 from datasets.voc import SegmentationDataset, VOCSegmentation, augmented_list
 from utils.errors import InputError
@@ -72,6 +72,7 @@ def check_dataset(
             findings.append(_finding(error))
     findings += _check_files(opened.values())
     findings += _check_lists(opened, paths, leave_out={finding.path for finding in findings})
+    findings += _without_masks(opened)
     pairs = {split: len(dataset) for split, dataset in opened.items()}
     classes = max((dataset.num_classes for dataset in opened.values()), default=0)
     return list(dict.fromkeys(findings)), {"folder": str(folder), "classes": classes, "pairs": pairs}
@@ -187,6 +188,17 @@ def _same_pictures(
         copies = [(id, str(path), originals.get(_digest(path), id)) for id, path in theirs if originals]
         found += [(path, original) for id, path, original in copies if original != id]
     return found
+
+
+def _without_masks(opened: dict[str, SegmentationDataset]) -> Iterable[Finding]:
+    """Photographs that are not used, where there are no lists and the masks decide what is."""
+    divided = [opened[split] for split in ("train", "val") if split in opened and opened[split].made_split]
+    if len(divided) == 2:
+        folder = divided[0].folder / "JPEGImages"
+        pictures = {path.stem for path in folder.glob("*") if path.suffix in IMAGE_SUFFIXES}
+        if alone := sorted(pictures - {id for dataset in divided for id in dataset.ids}):
+            problem = f"{_some(alone)} without a mask of that name, so not used; annotate them, or take them away"
+            yield Finding(str(folder), problem, fatal=False)
 
 
 def _digest(path: Path) -> bytes:

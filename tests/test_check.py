@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,15 @@ def test_without_lists_both_sides_of_the_division_are_checked(folder):
     findings, checked = check_dataset("folder", folder)
     only(findings, folder / "SegmentationClass" / "a3.png", "value 9", fatal=True)
     assert checked["pairs"] == {"train": 6, "val": 1}
+
+
+def test_photographs_without_a_mask_are_a_warning_where_masks_decide(folder):
+    (folder / "SegmentationClass/a2.png").unlink()
+    shutil.rmtree(folder / "ImageSets")
+    (finding,) = check_dataset("folder", folder)[0]
+    assert finding.path == str(folder / "JPEGImages") and not finding.fatal
+    assert finding.problem.startswith("a2 is without a mask of that name, so not used")
+    assert check_dataset("folder", folder, ["train"])[0] == []  # the other ids may be val's
 
 
 def test_checking_writes_nothing_into_the_data_set(folder):
