@@ -107,6 +107,13 @@ def worker(job, rank):
     raise AssertionError(f"no process of rank {rank}")
 
 
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def rows(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -170,12 +177,16 @@ def test_a_signal_to_one_process_has_all_save_and_one_goes_on(root):
     (root / "slow.py").write_text(SLOW_SAVE)
     job = torchrun(*given, script=root / "slow.py")
     wait_for(run / "log.txt", "Itrs 3/6")
-    os.kill(worker(job, 1), signal.SIGTERM)
+    other = worker(job, 1)
+    os.kill(other, signal.SIGTERM)
+    while is_running(other):
+        time.sleep(0.02)
+    left_at = load_checkpoint(run / "latest.pth")["cur_itrs"]  # nobody leaves before it is written
     result = finish(job)
     assert result.returncode == 1 and "exitcode  : 143" in result.stderr  # torchrun's, and the processes'
     assert 'main.py", line' not in result.stderr
     (saved,) = re.findall(r"interrupted at iteration (\d)", result.stdout)
-    assert load_checkpoint(run / "latest.pth")["cur_itrs"] == int(saved) >= 3
+    assert load_checkpoint(run / "latest.pth")["cur_itrs"] == int(saved) == left_at >= 3
     main.main(given)
     assert_close_runs(root / "one", run)
 
