@@ -11,7 +11,7 @@ import torch
 import main
 from datasets.transforms import TrainTransform
 from tests.conftest import ROOT, TINY, wrap_everywhere
-from utils.cli import Interruption
+from utils.cli import Interrupted, Interruption
 
 
 @pytest.fixture
@@ -306,3 +306,18 @@ def test_a_process_that_ignores_hangups_goes_on_ignoring_them():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost():
+    class Agreeing:
+        """Others that had none, and a signal in the middle of asking them."""
+
+        def highest(self, value):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return value
+
+    with Interruption(print) as interruption:
+        interruption.check(Agreeing())
+        assert interruption.signal == signal.SIGTERM
+        with pytest.raises(Interrupted):
+            interruption.check()

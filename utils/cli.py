@@ -122,8 +122,9 @@ class Interruption:
 
     def check(self, world: World = ALONE) -> None:
         """Raises Interrupted after a signal: in all processes of the job, whichever of them had it."""
-        self.signal = world.highest(self.signal)
-        if self.signal:
+        agreed = world.highest(self.signal)  # while it waits a signal may come, which is for the next time
+        if agreed:
+            self.signal = agreed
             name = signal.Signals(self.signal).name
             self._warn(f"{name}: saving; once more ends at once, without")
             raise Interrupted
