@@ -80,10 +80,17 @@ def run_main(*arguments: object, script: str = "main.py", cwd: Path = ROOT) -> s
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
 
 
-def wrap_everywhere(monkeypatch: pytest.MonkeyPatch, name: str, wrap: Callable[[Callable], Callable]) -> None:
-    """Puts `wrap(function)` in the place of a function of a training, whichever of its modules calls it."""
+def before(monkeypatch: pytest.MonkeyPatch, name: str, call: int, do: Callable[..., None]) -> None:
+    """Has `do(*arguments)` happen before that call of a function of a training, whichever of its modules makes it."""
     owners = [module for module in (main, evaluation, job) if hasattr(module, name)]
-    wrapped = wrap(getattr(owners[0], name))
+    inner, calls = getattr(owners[0], name), []
+
+    def wrapped(*arguments, **keywords):
+        calls.append(name)
+        if len(calls) == call:
+            do(*arguments)
+        return inner(*arguments, **keywords)
+
     for module in owners:
         monkeypatch.setattr(module, name, wrapped)
 

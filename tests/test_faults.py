@@ -18,7 +18,7 @@ from PIL import Image
 
 import main
 from datasets import build_dataset
-from tests.conftest import ROOT, TINY, wrap_everywhere, write_voc_layout
+from tests.conftest import ROOT, TINY, before, write_voc_layout
 from tests.test_checkpoint import Malicious, complete
 from tests.test_resume import history, same
 from utils import loss
@@ -75,22 +75,6 @@ def refused(start, capfd):
         return lines[0]
 
     return run
-
-
-def before(monkeypatch, name, call, do):
-    """Has `do(*arguments)` happen before that call of a function of a training."""
-    calls = []
-
-    def wrap(inner):
-        def wrapped(*arguments, **keywords):
-            calls.append(name)
-            if len(calls) == call:
-                do(*arguments)
-            return inner(*arguments, **keywords)
-
-        return wrapped
-
-    wrap_everywhere(monkeypatch, name, wrap)
 
 
 def assert_whole(run, itr):

@@ -10,7 +10,7 @@ import torch
 
 import main
 from datasets.transforms import TrainTransform
-from tests.conftest import ROOT, TINY, wrap_everywhere
+from tests.conftest import ROOT, TINY, before
 from utils.cli import Interrupted, Interruption
 
 
@@ -84,19 +84,8 @@ def test_run_that_stopped_at_a_validation_goes_on_bit_for_bit(start, tmp_path, m
 
 
 def signal_at(monkeypatch, name, call, number):
-    """Sends the process a signal in the middle of that call of a function of a training."""
-    calls = []
-
-    def wrap(function):
-        def wrapper(*arguments, **keywords):
-            calls.append(name)
-            if len(calls) == call:
-                os.kill(os.getpid(), number)
-            return function(*arguments, **keywords)
-
-        return wrapper
-
-    wrap_everywhere(monkeypatch, name, wrap)
+    """Sends the process a signal at that call of a function of a training."""
+    before(monkeypatch, name, call, lambda *_: os.kill(os.getpid(), number))
 
 
 @pytest.mark.parametrize(
