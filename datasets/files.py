@@ -74,7 +74,8 @@ def read_image(path: Path, prepare: Callable[[Image.Image], Image.Image] | None 
     with _opened(path, "picture", otherwise="leave it out") as picture:
         picture = prepare(picture) if prepare else picture
         mode = picture.mode[0]  # I;16 and its byte orders count as I
-        pixels = np.array(picture if mode in FULL_SCALE else picture.convert("RGB"))  # [H, W] or [H, W, 3]
+        as_it_is = mode in FULL_SCALE or picture.mode == "RGB"  # convert would copy
+        pixels = np.array(picture if as_it_is else picture.convert("RGB"))  # [H, W] or [H, W, 3]
     if mode in FULL_SCALE:
         pixels = np.repeat(_to_8_bits(pixels, FULL_SCALE[mode], path)[..., None], 3, axis=2)  # [H, W, 3]
     return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, H, W], in memory channels last

@@ -9,14 +9,9 @@ from typing import Self
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from network.atrous import AtrousConv2d
-
-
-def upsample(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Bilinear to a size, so that odd inputs come back at their own. `[B, C, h, w]` to `[B, C, *size]`."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+from network.upsample import DecoderConv2d, upsample
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
@@ -122,13 +117,17 @@ class DeepLabHeadPlus(nn.Module):
         super().__init__()
         self.project = nn.Sequential(*conv_bn_relu(low_level_channels, 48, 1))
         self.aspp = ASPP(in_channels, atrous_rates)
-        self.classifier = nn.Sequential(*conv_bn_relu(48 + 256, 256, 3), nn.Conv2d(256, num_classes, 1))
+        self.classifier = nn.Sequential(
+            DecoderConv2d(48, 256, 256, bias=False),
+            nn.BatchNorm2d(256),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(256, num_classes, 1),
+        )
         init_weights(self)
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         low_level = self.project(features["low_level"])  # [B, 48, H/4, W/4]
-        out = upsample(self.aspp(features["out"]), low_level.shape[-2:])  # [B, 256, H/4, W/4]
-        return self.classifier(torch.cat([low_level, out], dim=1))  # [B, C, H/4, W/4]
+        return self.classifier((low_level, self.aspp(features["out"])))  # [B, C, H/4, W/4]
 
 
 class DeepLab(nn.Module):

@@ -37,6 +37,7 @@ from datasets.sampler import SameSizeBatches, TrainBatches
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, MEAN_COLOUR, eval_transform, train_transform
 from datasets.voc import VOC_CLASSES, voc_colormap
 from network import MODELS, build_model
+from network.upsample import DecoderConv2d, conv_after_upsampling, conv_before_upsampling
 from utils.cli import Parser, exit_codes, number
 from utils.engine import accumulate, choose_amp, choose_device, compiled, evaluate, normalize
 from utils.errors import InputError
@@ -135,12 +136,22 @@ def plain_confusion(target: np.ndarray, prediction: np.ndarray, num_classes: int
     return np.bincount(index, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
+class PlainDecoderConv2d(nn.Conv2d):
+    """The decoder's convolution as the paper has it: upsampled, concatenated, convolved."""
+
+    def forward(self, maps: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        low_level, x = maps
+        x = nn.functional.interpolate(x, size=low_level.shape[-2:], mode="bilinear", align_corners=False)
+        return super().forward(torch.cat([low_level, x], dim=1))
+
+
 def plain_model(opts: argparse.Namespace, state: dict | None = None) -> nn.Module:
     """The same architecture and weights out of torch's own layers alone, float32, NCHW, in evaluation mode."""
     model = build_model(opts.model, num_classes=NUM_CLASSES, output_stride=opts.output_stride)
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
-            layer.__class__ = nn.Conv2d  # a faster kind has the same attributes
+            # A faster kind has the same attributes.
+            layer.__class__ = PlainDecoderConv2d if isinstance(layer, DecoderConv2d) else nn.Conv2d
     if state is not None:
         model.load_state_dict(state)
     return model.to(opts.device).eval()
@@ -281,6 +292,24 @@ def train_step(opts: argparse.Namespace, *, amp: torch.dtype | None, compile: bo
     return Part(ours, reference, "ms/step", len(images))
 
 
+def decoder(opts: argparse.Namespace) -> Part:
+    """The decoder's convolution of V3+ and its gradients at the size of a training step, in both forms: whether the
+    one that is used on the CPU pays on the device, too."""
+    batch, side = opts.step_batch_size, -(-opts.step_crop_size // 4)
+    maps = torch.randn(batch, 48, side, side), torch.randn(batch, 256, -(-side // 4), -(-side // 4))
+    maps = [x.to(opts.device, opts.amp, memory_format=torch.channels_last).requires_grad_() for x in maps]
+    weight = DecoderConv2d(48, 256, 256).weight.detach().to(opts.device, opts.amp).requires_grad_()
+
+    def part(convolve: Callable[..., torch.Tensor]) -> Measurement:
+        def call() -> None:
+            out = convolve(*maps, weight, None)
+            torch.autograd.grad(out, [*maps, weight], torch.ones_like(out))
+
+        return timed(call, opts.device, calls=10 if opts.device.type == "cuda" else 1)
+
+    return Part(partial(part, conv_before_upsampling), partial(part, conv_after_upsampling), "ms/step", batch)
+
+
 def train_from_loader(opts: argparse.Namespace) -> Part:
     """Training as it is against the same steps on one resident batch: the ratio is the share of the time that the
     device computes."""
@@ -363,8 +392,9 @@ PARTS = {  # by size: on the CPU the memory of a part is the process's peak up t
     "train_step_float32": lambda opts: train_step(opts, amp=None),
     "train_step_compiled": lambda opts: train_step(opts, amp=opts.amp, compile=True),
     "train_from_loader": train_from_loader,
+    "decoder": decoder,
 }
-ON_CUDA = ("train_step_float32", "train_from_loader")  # unless --parts says otherwise
+ON_CUDA = ("train_step_float32", "train_from_loader", "decoder")  # unless --parts says otherwise
 
 
 def cuda_peaks(set_up: Callable[[], Measurement], device: torch.device) -> tuple[float, float]:
