@@ -145,13 +145,17 @@ class PlainDecoderConv2d(nn.Conv2d):
         return super().forward(torch.cat([low_level, x], dim=1))
 
 
+def with_plain_layers(model: nn.Module) -> nn.Module:
+    """The same model, of torch's own layers alone."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):  # a faster kind has the same attributes
+            layer.__class__ = PlainDecoderConv2d if isinstance(layer, DecoderConv2d) else nn.Conv2d
+    return model
+
+
 def plain_model(opts: argparse.Namespace, state: dict | None = None) -> nn.Module:
     """The same architecture and weights out of torch's own layers alone, float32, NCHW, in evaluation mode."""
-    model = build_model(opts.model, num_classes=NUM_CLASSES, output_stride=opts.output_stride)
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            # A faster kind has the same attributes.
-            layer.__class__ = PlainDecoderConv2d if isinstance(layer, DecoderConv2d) else nn.Conv2d
+    model = with_plain_layers(build_model(opts.model, num_classes=NUM_CLASSES, output_stride=opts.output_stride))
     if state is not None:
         model.load_state_dict(state)
     return model.to(opts.device).eval()

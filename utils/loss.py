@@ -158,8 +158,13 @@ def build_loss(
 
 
 def _pixel_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`[B, H, W]`, 0 at void. By images, for two tensors of the gradients' computation are as large as the logits."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, target.long(), ignore_index=IGNORE_INDEX, reduction="none")  # [B, H, W], void 0
+    losses = [
+        F.cross_entropy(image, ids, ignore_index=IGNORE_INDEX, reduction="none")
+        for image, ids in zip(logits.split(1), target.long().split(1), strict=True)
+    ]
+    return torch.cat(losses)
 
 
 def _probabilities(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

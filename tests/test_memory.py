@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch import nn
+
+from network import build_model
+from utils import memory
+from utils.engine import normalize
+from utils.loss import LOSSES
+
+MIB = 2**20
+SIDE = 129
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    """In place of a network a 1x1 convolution, whose memory is known: `count(*flags)` with 21 classes by default."""
+    monkeypatch.setattr(memory, "build_model", lambda *_, num_classes, **__: nn.Conv2d(3, num_classes, 1))
+
+    def count(*flags, amp=None):
+        return memory.peak_of_step(memory.parse(["--crop_size", str(SIDE), *map(str, flags)]), amp)
+
+    return count
+
+
+def test_weights_gradients_and_momentum_are_the_parameters():
+    flags = "--model deeplabv3plus_mobilenet_v3_large --crop_size 65 --batch_size 4 --grad_accum 2".split()
+    peak = memory.peak_of_step(memory.parse(flags), None)
+    model = build_model("deeplabv3plus_mobilenet_v3_large", num_classes=21)
+    parameters = sum(weight.nbytes for weight in model.parameters()) / MIB
+    buffers = sum(buffer.nbytes for buffer in model.buffers()) / MIB
+    assert peak["weights"] == pytest.approx(parameters + buffers, abs=0.1)
+    assert peak["momentum"] == pytest.approx(parameters, abs=0.1)
+    assert peak["gradients"] == pytest.approx(parameters, abs=0.1)  # the second part adds to the first's
+    assert peak["total"] == pytest.approx(sum(peak[name] for name in memory.KINDS if name != "total"))
+
+
+@pytest.mark.parametrize(("batch", "classes"), [(4, 21), (8, 21), (4, 150)])
+def test_pixels_take_what_they_take(one_layer, batch, classes):
+    peak = one_layer("--batch_size", batch, "--num_classes", classes)
+    logits, ids = batch * classes * SIDE**2 * 4 / MIB, batch * SIDE**2 * 8 / MIB
+    picture = batch * 3 * SIDE**2 * 4 / MIB
+    # Logits and log-probabilities, the picture for the weights' gradient, and the class ids as the loss has them.
+    assert peak["total"] == pytest.approx(2 * logits + picture + ids, rel=0.1)
+
+
+def test_half_precision_halves_the_features(one_layer, monkeypatch):
+    widths = [3, 64, 64, 64, 2]
+    layers = [lambda i=i: nn.Conv2d(widths[i], widths[i + 1], 1) for i in range(4)]
+    monkeypatch.setattr(memory, "build_model", lambda *_, **__: nn.Sequential(*(layer() for layer in layers)))
+    half, full = (one_layer("--batch_size", 8, amp=amp)["total"] for amp in (torch.bfloat16, None))
+    assert 0.5 <= half / full < 0.6  # the logits, of two classes, stay in float32
+
+
+def test_parts_take_what_a_smaller_batch_takes(one_layer):
+    whole = one_layer("--batch_size", 8)["total"]
+    quarter = one_layer("--batch_size", 2)["total"]
+    assert one_layer("--batch_size", 8, "--grad_accum", 4)["total"] == pytest.approx(quarter, rel=0.01)
+    assert quarter == pytest.approx(whole / 4, rel=0.1)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_can_be_counted(one_layer, loss):
+    peak = one_layer("--batch_size", 1, "--freeze_bn", "--loss_type", loss)  # a batch of one, which freezing allows
+    assert peak["total"] > 2 * 21 * SIDE**2 * 4 / MIB and min(peak.values()) >= 0
+
+
+def test_a_table_is_printed_and_real_tensors_stay_real(one_layer, capsys):
+    memory.main(["--crop_size", "33", "--batch_size", "2"])
+    head, names, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("deeplabv3plus_resnet50, output stride 16, 2 crops of 33 in 1 part(s), 21 classes, cross_")
+    assert names.split() == list(memory.KINDS)
+    assert [row[:12].strip() for row in rows] == ["float32", "bf16 or fp16"]
+    assert all(len(row[12:].split()) == len(memory.KINDS) for row in rows)
+    assert normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).mean().item() < 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch_size 16 --grad_accum 3", "--grad_accum 3: does not divide"),
+        ("--batch_size 2 --grad_accum 2", "give 2 images or more"),
+        ("--num_classes 1", "--num_classes"),
+        ("--model deeplabv3_mobilenet_v3_large --output_stride 8", "MobileNetV3 has 16 only"),
+        ("--bogus", "--bogus"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        memory.main(flags.split())
+    printed = capsys.readouterr()
+    assert exit.value.code == 2 and printed.out == ""
+    assert message in printed.err and len(printed.err.splitlines()) == 1
