@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker  # torch's own, though not yet in a public module
 
 from network import build_model
-from utils.benchmark import with_plain_layers
 from utils.cli import exit_codes, number
 from utils.engine import autocast
 from utils.loss import build_loss
 from utils.options import get_parser, require_fitting, settle_model
+from utils.reference import with_plain_layers
 
 CPU = torch.device("cpu")  # its tensors are as large, once the layers are the plain ones, as they are on a GPU
 KINDS = {  # MemTracker's, at a moment in time
