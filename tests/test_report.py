@@ -15,8 +15,10 @@ from PIL import Image
 
 import main
 from tests.conftest import TINY, write_voc_layout
-from utils import report
+from utils import report, report_data
+from utils.engine import predict
 from utils.errors import InputError
+from utils.prediction import load_model
 from utils.run import HISTORY
 
 CPU = torch.device("cpu")
@@ -345,12 +347,12 @@ def draw_anything(path):
 def image_ious(run):
     """mIoU of each validation image by the last validation's masks, which are the best's if it was the best."""
     data = data_of(run)
-    model = report.load_model(run / "best.pth", CPU).model
+    model = load_model(run / "best.pth", CPU).model
     result = {}
     for name in ("b1", "b2", "b3"):
         image = torch.from_numpy(np.array(Image.open(data / f"JPEGImages/{name}.jpg"))).permute(2, 0, 1)
         target = np.array(Image.open(data / f"SegmentationClass/{name}.png"))
-        prediction = report.predict(model, image[None])[0].numpy()
+        prediction = predict(model, image[None])[0].numpy()
         prediction = np.where(target == 255, 255, prediction)
         pairs = [((target == c) & (prediction == c), (target == c) | (prediction == c)) for c in range(4)]
         result[name] = np.mean([both.sum() / either.sum() for both, either in pairs if either.any()])
@@ -358,7 +360,7 @@ def image_ious(run):
 
 
 def test_bounded_evaluation_says_how_many_images_it_saw(make, trained, monkeypatch):
-    monkeypatch.setattr(report, "EVALUATED_ON_CPU", 1)
+    monkeypatch.setattr(report_data, "EVALUATED_ON_CPU", 1)
     page = make(trained, num=1)
     assert re.search(r"Of [12] of the 3 validation images", page.texts["predictions"])
 

@@ -27,7 +27,7 @@ from datasets.transforms import eval_transform
 from utils.cli import Parser, exit_codes
 from utils.errors import InputError
 from utils.options import ABOUT_THE_START, get_parser, require_fitting, settle_model
-from utils.report import read_csv
+from utils.report_data import read_csv
 from utils.run import Run, write_csv, write_text
 
 ROOT = Path(__file__).parent.parent
