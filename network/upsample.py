@@ -16,16 +16,17 @@ class DecoderConv2d(nn.Conv2d):
     are those of nn.Conv2d(L + C, O, 3, padding=1).
 
     On the CPU the map is convolved before it is upsampled where that saves enough multiplications to pay. Medians in
-    ms, L = 48, C = O = 256, 2 cores with AVX-512 BF16 (AMD EPYC, torch 2.15), forward and with the backward pass:
+    ms, L = 48, C = O = 256, 2 cores with AVX-512 BF16 (AMD EPYC, torch 2.15), forward and with the backward pass; the
+    shares are those of the multiplications, of the map's alone and of the whole convolution:
 
-    | maps, batch         | products | float32: after | before    | bfloat16: after | before    |
-    | 33x33 to 129x129, 1 |      14% |     52.2   200 | 26.3   62 |      26.6    96 |  9.8   29 |
-    | 65x65 to 257x257, 1 |      21% |      257   872 |  165  372 |       138   451 |   64  154 |
-    | 33x33 to 65x65, 2   |      37% |     25.2    86 | 19.2   50 |      13.4    48 |  9.0   25 |
-    | 65x65 to 129x129, 1 |      47% |     52.0   200 | 69.7  156 |      26.6    98 | 20.0   57 |
-    | 129 to 257, 1       |      67% |      287   939 |  404  965 |       139   464 |  186  412 |
-    | 5x5 to 17x17, 2     |      10% |     1.77   6.3 | 0.89  3.4 |      1.06   4.3 | 0.76  3.2 |
-    | 2x2 to 5x5, 1       |      17% |     0.29  1.08 | 0.30 1.52 |      0.20  1.11 | 0.45 2.06 |
+    | maps, batch         | products left | float32: after | before    | bfloat16: after | before    |
+    | 33x33 to 129x129, 1 |    14%    28% |     52.2   200 | 26.3   62 |      26.6    96 |  9.8   29 |
+    | 65x65 to 257x257, 1 |    21%    34% |      257   872 |  165  372 |       138   451 |   64  154 |
+    | 33x33 to 65x65, 2   |    37%    47% |     25.2    86 | 19.2   50 |      13.4    48 |  9.0   25 |
+    | 65x65 to 129x129, 1 |    47%    55% |     52.0   200 | 69.7  156 |      26.6    98 | 20.0   57 |
+    | 129 to 257, 1       |    67%    72% |      287   939 |  404  965 |       139   464 |  186  412 |
+    | 5x5 to 17x17, 2     |    10%    24% |     1.77   6.3 | 0.89  3.4 |      1.06   4.3 | 0.76  3.2 |
+    | 2x2 to 5x5, 1       |    17%    30% |     0.29  1.08 | 0.30 1.52 |      0.20  1.11 | 0.45 2.06 |
     """
 
     def __init__(self, low_level_channels: int, channels: int, out_channels: int, *, bias: bool = True) -> None:
@@ -64,22 +65,22 @@ def conv_after_upsampling(
 def conv_before_upsampling(
     low_level: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """`conv_after_upsampling` up to rounding, with fewer multiplications.
+    """`conv_after_upsampling` up to rounding, with fewer multiplications; the maps are of one dtype.
 
     Upsampling mixes pixels and a weight of the kernel mixes channels, so the two change places: all nine weights
     are applied to x at its own size, and two products with the weights of the interpolation, along each side, bring
     the nine maps to the size of the low-level features, each to its place, and add them up.
     """
-    (batch, channels, height, width), (rows, columns) = x.shape, low_level.shape[-2:]
+    (batch, channels, height, width), (rows, columns), out = x.shape, low_level.shape[-2:], len(weight)
     low_level_weight, x_weight = weight.tensor_split([weight.shape[1] - channels], dim=1)
-    taps = F.conv2d(x, x_weight.permute(2, 3, 0, 1).reshape(-1, channels, 1, 1))  # [B, 9 O, h, w]
-    taps = taps.permute(0, 2, 3, 1).reshape(batch, height, width, 3, 3, -1)  # [B, h, w, 3, 3, O]
-    taps = taps.transpose(2, 3).reshape(batch * height * 3, width * 3, -1)  # [B * h * 3, w * 3, O]
+    taps = F.conv2d(x, x_weight.permute(2, 3, 0, 1).reshape(9 * out, channels, 1, 1))  # [B, 9 O, h, w]
+    taps = taps.permute(0, 2, 3, 1).reshape(batch, height, width, 3, 3, out)  # [B, h, w, 3, 3, O]
+    taps = taps.transpose(2, 3).reshape(batch * height * 3, width * 3, out)  # [B * h * 3, w * 3, O]
     wide = interpolation(width, columns, taps) @ taps  # [B * h * 3, W, O]
-    wide = wide.view(batch, height * 3, -1)  # [B, h * 3, W * O]
+    wide = wide.view(batch, height * 3, columns * out)  # [B, h * 3, W * O]
     part = F.conv2d(low_level, low_level_weight, bias, padding=1).permute(0, 2, 3, 1)  # [B, H, W, O]
     matrix = interpolation(height, rows, taps).expand(batch, -1, -1)  # [B, H, h * 3]
-    whole = torch.baddbmm(part.reshape(batch, rows, -1), matrix, wide)  # [B, H, W * O]
+    whole = torch.baddbmm(part.reshape(batch, rows, columns * out), matrix, wide)  # [B, H, W * O]
     return whole.view(part.shape).permute(0, 3, 1, 2)  # [B, O, H, W]
 
 

@@ -52,6 +52,11 @@ def test_reference_network_has_plain_convolutions_only(opts, monkeypatch):
     assert type(plain[0]) is nn.Conv2d and plain(torch.rand(1, 3, 9, 9)).shape == (1, 4, 5, 5)
 
 
+def test_reference_network_has_none_of_our_layers(opts):
+    layers = {type(layer) for layer in plain_model(opts).modules() if isinstance(layer, nn.Conv2d)}
+    assert layers == {nn.Conv2d, reference.PlainDecoderConv2d}
+
+
 def test_reference_reads_the_pictures_as_ours_does(opts):
     dataset = build_dataset("folder", opts.folder, "val", eval_transform())
     loader = make_loader(dataset, SameSizeBatches(dataset.sizes(), 4), num_workers=0, device=opts.device)

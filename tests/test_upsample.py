@@ -18,7 +18,7 @@ from network.upsample import (
 
 sides = st.integers(1, 12)
 cases = given(
-    st.tuples(sides, sides), st.tuples(st.integers(1, 40), st.integers(1, 40)), st.integers(1, 3), st.booleans()
+    st.tuples(sides, sides), st.tuples(st.integers(1, 40), st.integers(1, 40)), st.integers(0, 3), st.booleans()
 )
 
 

@@ -159,6 +159,8 @@ def build_loss(
 
 def _pixel_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """`[B, H, W]`, 0 at void. By images, for two tensors of the gradients' computation are as large as the logits."""
+    if (len(logits), *logits.shape[2:]) != target.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not go together")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = [
         F.cross_entropy(image, ids, ignore_index=IGNORE_INDEX, reduction="none")

@@ -1,9 +1,11 @@
-"""What a training step takes of a GPU's memory, counted without one; the flags are those of main.py:
+"""What a training step takes of one GPU's memory, counted without one:
 
     python -m utils.memory --batch_size 16 --grad_accum 2 --crop_size 513
 
+It takes the command line of a training. The model, its stride, batch, parts, crop, loss, class weights, momentum and
+`--freeze_bn` count, other flags make no difference, and those that would, but cannot be counted, are refused.
 The step is taken with tensors that have a size and no values. What the libraries need for their own work is not
-counted, nor is the CUDA context.
+counted, nor are the CUDA context and, of several processes, the gradients that travel.
 """
 
 import argparse
@@ -12,9 +14,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker  # torch's own, though not yet in a public module
 
+from datasets import shapes
+from datasets.transforms import train_transform
+from datasets.voc import VOC_CLASSES
 from network import build_model
 from utils.cli import exit_codes, number
 from utils.engine import autocast
+from utils.errors import InputError
 from utils.loss import build_loss
 from utils.options import get_parser, require_fitting, settle_model
 from utils.reference import with_plain_layers
@@ -27,6 +33,13 @@ KINDS = {  # MemTracker's, at a moment in time
     "activations": ("Activation",),  # those that the backward pass still needs
     "rest": ("Temp", "Other"),  # what the backward pass has in work; inputs
     "total": ("Total",),
+}
+CLASSES = {"voc": len(VOC_CLASSES), "shapes": shapes.NUM_CLASSES}
+NOT_COUNTED = {  # flags that would change the figures, and what to do
+    "ckpt": "give the --model and --output_stride that it has",
+    "compile": "a compiled step keeps other tensors; leave it out",
+    "test_only": "is no training; leave it out",
+    "export": "is no training; leave it out",
 }
 
 
@@ -41,8 +54,11 @@ def peak_of_step(opts: argparse.Namespace, amp: torch.dtype | None) -> dict[str,
         )
         model.freeze_bn = opts.freeze_bn
         model.train()
-        criterion = build_loss(opts.loss_type)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        weights = None if opts.class_weights == "none" else torch.ones(opts.num_classes)
+        criterion = build_loss(opts.loss_type, focal_gamma=opts.focal_gamma, class_weights=weights)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.01, momentum=opts.momentum, weight_decay=opts.weight_decay
+        )
         tracker, parts = MemTracker(), opts.grad_accum
         tracker.track_external(model, optimizer)
         size = (opts.batch_size // parts, opts.crop_size, opts.crop_size)
@@ -61,14 +77,22 @@ def peak_of_step(opts: argparse.Namespace, amp: torch.dtype | None) -> dict[str,
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """main.py's flags and the number of classes. Raises InputError for those that do not go together."""
+    """main.py's flags and the number of classes. Raises InputError for those that do not go together or count."""
     parser = get_parser()
     parser.prog, parser.usage = "memory.py", "python -m utils.memory [--num_classes N] [flags of main.py]"
     parser.description = "Count what a training step takes of a GPU's memory."
-    parser.add_argument("--num_classes", metavar="N", type=number(int, 2, 255), default=21, help="of the data set")
+    text = f"of the data set (default: {CLASSES['voc']} of voc, {CLASSES['shapes']} of shapes)"
+    parser.add_argument("--num_classes", metavar="N", type=number(int, 2, 255), help=text)
     opts = parser.parse_args(argv)
+    for name, advice in NOT_COUNTED.items():
+        if getattr(opts, name):
+            raise InputError(f"--{name}: {advice}")
     require_fitting(opts)
+    train_transform(opts.crop_size)  # the crop, too, is what a training takes
     settle_model(opts, None)
+    opts.num_classes = opts.num_classes or CLASSES.get(opts.dataset)
+    if opts.num_classes is None:
+        raise InputError(f"--dataset {opts.dataset}: is not opened here; give its --num_classes")
     return opts
 
 
