@@ -548,9 +548,12 @@ def test_classes_that_do_not_match_are_refused_with_both_lists(folder, start, re
     assert "sky, road, tree, car" in line and "sky, road, tree, house" in line
 
 
-def test_voc_without_photographs_is_refused_with_their_count(real_data, tmp_path):
+def test_voc_without_photographs_is_refused_with_their_count(real_data, tmp_path, capsys):
     arguments = ["--data_root", real_data / "voc2012_masks", "--run_dir", tmp_path / "runs", "--device", "cpu"]
-    assert_refused(run_main(*arguments, "--backbone_weights", "none"), "2007_000033.jpg", "1449 of 1449")
+    with pytest.raises(SystemExit) as stop:
+        main.main([*map(str, arguments), "--backbone_weights", "none"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "2007_000033.jpg" in line and "1449 of 1449" in line
 
 
 # --- as a user starts it ---
@@ -560,9 +563,12 @@ def test_as_a_script_bad_input_exits_with_2_and_one_line(tmp_path):
     assert_refused(run_main("--data_root", tmp_path), "VOC2012", "--download")
 
 
-def test_help_names_every_group_and_exits_with_0():
-    result = run_main("--help")
-    assert result.returncode == 0 and "--backbone_lr_factor" in result.stdout and "default: 513" in result.stdout
+def test_help_names_every_group_and_exits_with_0(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "--backbone_lr_factor" in printed and "default: 513" in printed
+    assert {"data:", "model:", "training:", "run:", "dashboard:"} <= set(printed.splitlines())
 
 
 def test_importing_a_script_starts_nothing():

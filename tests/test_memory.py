@@ -24,14 +24,14 @@ def one_layer(monkeypatch):
 
 def test_weights_gradients_and_momentum_are_the_parameters_of_a_network_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(upsample, "conv_before_upsampling", None)  # a CPU's
-    flags = "--model deeplabv3plus_mobilenet_v3_large --crop_size 65 --batch_size 2 --grad_accum 2 --freeze_bn"
+    flags = "--model deeplabv3plus_mobilenet_v3_large --crop_size 65 --batch_size 1 --freeze_bn"
     peak = memory.peak_of_step(memory.parse(flags.split()), None)
     model = build_model("deeplabv3plus_mobilenet_v3_large", num_classes=21)
     parameters = sum(weight.nbytes for weight in model.parameters()) / MIB
     buffers = sum(buffer.nbytes for buffer in model.buffers()) / MIB
     assert peak["weights"] == pytest.approx(parameters + buffers, abs=0.1)
     assert peak["momentum"] == pytest.approx(parameters, abs=0.1)
-    assert peak["gradients"] == pytest.approx(parameters, abs=0.1)  # the second part adds to the first's
+    assert peak["gradients"] == pytest.approx(parameters, rel=0.05)  # small pictures: most are there at the peak
     assert peak["total"] == pytest.approx(sum(peak[name] for name in memory.KINDS if name != "total"))
 
 

@@ -57,7 +57,7 @@ def peak_of_step(opts: argparse.Namespace, amp: torch.dtype | None) -> dict[str,
         weights = None if opts.class_weights == "none" else torch.ones(opts.num_classes)
         criterion = build_loss(opts.loss_type, focal_gamma=opts.focal_gamma, class_weights=weights)
         optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.01, momentum=opts.momentum, weight_decay=opts.weight_decay
+            model.parameters(), lr=0.01, momentum=opts.momentum, weight_decay=opts.weight_decay, fused=True
         )
         tracker, parts = MemTracker(), opts.grad_accum
         tracker.track_external(model, optimizer)
