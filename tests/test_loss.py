@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from utils import loss as loss_module
 from utils.errors import InputError
 from utils.loss import (
     LOSSES,
@@ -355,3 +356,24 @@ def test_unknown_names_and_values_out_of_range_are_refused():
 def test_class_weights_of_lovasz_softmax_are_refused():
     with pytest.raises(ValueError, match="it takes no class weights"):
         build_loss("lovasz_softmax", class_weights=torch.ones(4))
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_pieces_of_a_batch_give_what_the_whole_gives(loss_type, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 4, 6, 7, generator=generator).requires_grad_()
+    target = torch.randint(0, 5, (5, 6, 7), generator=generator)
+    target[target == 4] = 255
+    results = []
+    for size in (2**25, 2 * logits[0].nbytes, 1):
+        monkeypatch.setattr(loss_module, "PIECE", size)
+        value = build_loss(loss_type, **SETTINGS)(logits, target)
+        results.append([value, *torch.autograd.grad(value, logits)])
+    for whole, twos, ones in zip(*results, strict=True):
+        assert torch.equal(whole, twos) and torch.equal(whole, ones)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 6), (2, 6, 5), (2, 5)])
+def test_logits_and_target_that_do_not_go_together_are_named_with_their_shapes(shape):
+    with pytest.raises(ValueError, match=r"logits \(2, 4, 5, 6\) and target \("):
+        cross_entropy(batch()[0], torch.zeros(shape, dtype=torch.uint8))

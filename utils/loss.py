@@ -20,6 +20,7 @@ IGNORE_INDEX = VOID
 ADDITIVE_LOSSES = ("cross_entropy", "focal_loss")  # those of a batch's parts add up to that of the batch
 LOSSES = ("cross_entropy", "focal_loss", "ohem_cross_entropy", "dice_cross_entropy", "lovasz_softmax")
 CLASS_WEIGHTS = ("inverse", "median_frequency", "effective_number")
+PIECE = 2**25  # bytes of logits; smaller pieces save little memory, and cost time
 BETA = 0.999  # (N - 1) / N of N = 1,000 images that differ, of the values that Cui et al. 2019 compare in section 5
 
 
@@ -158,15 +159,16 @@ def build_loss(
 
 
 def _pixel_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`[B, H, W]`, 0 at void. By images, for two tensors of the gradients' computation are as large as the logits."""
+    """`[B, H, W]`, 0 at void. In pieces of whole images, for its gradient takes twice the memory of the logits."""
     if (len(logits), *logits.shape[2:]) != target.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not go together")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = [
-        F.cross_entropy(image, ids, ignore_index=IGNORE_INDEX, reduction="none")
-        for image, ids in zip(logits.split(1), target.long().split(1), strict=True)
+    images = max(1, PIECE // max(1, logits.element_size() * math.prod(logits.shape[1:])))
+    pieces = [
+        F.cross_entropy(some, ids, ignore_index=IGNORE_INDEX, reduction="none")
+        for some, ids in zip(logits.split(images), target.long().split(images), strict=True)
     ]
-    return torch.cat(losses)
+    return torch.cat(pieces)
 
 
 def _probabilities(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
