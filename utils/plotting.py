@@ -181,7 +181,9 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
             place = (best["itr"], best["mean_iou"])
             first, last = rows[0]["itr"] == best["itr"], rows[-1]["itr"] == best["itr"]  # at the edge, away from it
             side = "center" if first == last else "left" if first else "right"
-            all_axes[0].annotate(f"{place[1]:.4f}", place, (0, 9), textcoords="offset points", ha=side)
+            pale = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}  # over the other run's curve
+            text = f"{place[1]:.4f}"
+            all_axes[0].annotate(text, place, (0, 9), textcoords="offset points", ha=side, bbox=pale)
     for axes, (_, title) in zip(all_axes, panels, strict=True):
         axes.set(title=title, xlabel="iteration")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
