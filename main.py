@@ -28,7 +28,7 @@ from network._deeplab import DeepLab
 from utils.checkpoint import TrainingState, init_from, load_checkpoint, load_model_state, require_classes
 from utils.cli import Interrupted, Interruption, exit_codes
 from utils.distributed import World, is_loss_of_another, join
-from utils.engine import accumulate, choose_amp, choose_device, compiled, is_out_of_memory
+from utils.engine import choose_amp, choose_device, compiled, forward_backward, is_out_of_memory
 from utils.errors import InputError, SampleError
 from utils.evaluation import test
 from utils.export import check_target, export_onnx
@@ -290,7 +290,7 @@ def run_training(job: Job, criterion: Callable[[torch.Tensor, torch.Tensor], tor
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
         how = {"scaler": state.scaler, "amp": job.amp, "parts": opts.grad_accum, "world": world}
-        loss = accumulate(forward, criterion, images=images, targets=targets, **how)
+        loss = forward_backward(forward, criterion, images=images, targets=targets, **how)
         state.scaler.step(optimizer)
         state.scaler.update()
         state.scheduler.step()

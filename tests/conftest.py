@@ -5,15 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import main
 from datasets.voc import VOC_CLASSES, voc_colormap
-from utils import evaluation, job
+from utils import engine
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -81,9 +81,11 @@ def run_main(*arguments: object, script: str = "main.py", cwd: Path = ROOT) -> s
 
 
 def before(monkeypatch: pytest.MonkeyPatch, name: str, call: int, do: Callable[..., None]) -> None:
-    """Has `do(*arguments)` happen before that call of a function of a training, whichever of its modules makes it."""
-    owners = [module for module in (main, evaluation, job) if hasattr(module, name)]
-    inner, calls = getattr(owners[0], name), []
+    """Makes `do(*arguments)` happen before that call of a public function: `evaluate` or `forward_backward` of
+    `utils.engine`, whichever module calls it, or a whole path such as `torch.save`."""
+    owner, _, attribute = name.rpartition(".")
+    owner = resolve_name(owner) if owner else engine
+    inner, calls = getattr(owner, attribute), []
 
     def wrapped(*arguments, **keywords):
         calls.append(name)
@@ -91,8 +93,9 @@ def before(monkeypatch: pytest.MonkeyPatch, name: str, call: int, do: Callable[.
             do(*arguments)
         return inner(*arguments, **keywords)
 
-    for module in owners:
-        monkeypatch.setattr(module, name, wrapped)
+    users = [module for module in list(sys.modules.values()) if vars(module).get(attribute) is inner]
+    for place in {id(place): place for place in (owner, *users)}.values():
+        monkeypatch.setattr(place, attribute, wrapped)
 
 
 def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -105,8 +108,15 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
 
 
 @pytest.fixture
-def real_data() -> Path:
-    """The folder of real data that SEG_REAL_DATA names."""
-    if not os.environ.get("SEG_REAL_DATA"):
-        pytest.skip("SEG_REAL_DATA is not set: it names a folder with camvid/ and voc2012_masks/")
-    return Path(os.environ["SEG_REAL_DATA"])
+def real_data() -> Callable[[str], Path]:
+    """`real_data(name)`: that folder of the real data that SEG_REAL_DATA names; the test is skipped without it."""
+
+    def find(name: str) -> Path:
+        root = os.environ.get("SEG_REAL_DATA")
+        if not root:
+            pytest.skip(f"SEG_REAL_DATA is not set: it names the folder that holds {name}/")
+        if not (Path(root) / name).is_dir():
+            pytest.skip(f"SEG_REAL_DATA={root} has no folder {name}/")
+        return Path(root) / name
+
+    return find

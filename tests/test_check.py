@@ -308,12 +308,12 @@ def test_report_marks_fatal_findings_first_and_groups_files_with_one_problem():
 
 
 def test_camvid_has_no_finding(real_data):
-    findings, checked = check_dataset("folder", real_data / "camvid")
+    findings, checked = check_dataset("folder", real_data("camvid"))
     assert findings == [] and checked["pairs"] == {"train": 367, "val": 101, "test": 233}
 
 
 def test_real_annotations_without_photographs_are_one_fatal_finding(real_data):
-    findings, checked = check_dataset("voc", real_data / "voc2012_masks", ["val"])
-    folder = real_data / "voc2012_masks" / "VOCdevkit" / "VOC2012"
+    findings, checked = check_dataset("voc", real_data("voc2012_masks"), ["val"])
+    folder = real_data("voc2012_masks") / "VOCdevkit" / "VOC2012"
     only(findings, folder / "JPEGImages" / "2007_000033.jpg", "the picture is missing (1,449 of 1,449", fatal=True)
     assert checked["pairs"] == {"val": 1449}

@@ -160,22 +160,23 @@ def test_the_checkpoint_before_is_kept_with_and_without_hard_links(tmp_path, mon
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("name", ["latest.pth", "best.pth", "history.csv", "class_iou.csv", "curves.png", "log.txt"])
 def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(runs, half, start, refused, monkeypatch, name):
-    path = half / name
+    path, own = half / name, (half / "latest.pth").read_bytes()
+    torch.save(load_checkpoint(half / "latest.pth") | {"best_score": -1.0}, half / "latest.pth")  # the next is better
 
-    def fill(job, _):
-        job.state.best_score = -1.0  # the next score is the best
+    def fill(*_):
         link = path if name == "log.txt" else path.with_name(f"{name}.tmp")
         link.unlink(missing_ok=True)
         link.symlink_to("/dev/full")
 
     with monkeypatch.context() as patch:
-        before(patch, "validate_and_keep", 1, fill)
+        before(patch, "evaluate", 1, fill)
         line = refused("--total_itrs", 6, "--continue_training")
     assert f"{path}: cannot be written (No space left on device)" in line
     assert f"{half / 'latest.pth'} of iteration 4 is kept" in line and "--continue_training" in line
     if name == "log.txt":
         path.unlink()
     assert_whole(half, 4)
+    (half / "latest.pth").write_bytes(own)
     start("--total_itrs", 6, "--continue_training")
     assert_same_run(half, runs / "whole")
 
@@ -183,7 +184,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(runs, half, s
 def test_a_limit_on_file_sizes_is_met_in_one_line(half, refused, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # noqa: E731
-    before(monkeypatch, "validate_and_keep", 1, limit)
+    before(monkeypatch, "evaluate", 1, limit)
     try:
         line = refused("--total_itrs", 6, "--continue_training")
     finally:
@@ -193,7 +194,7 @@ def test_a_limit_on_file_sizes_is_met_in_one_line(half, refused, monkeypatch):
 
 
 def test_a_disk_that_is_full_at_the_first_latest_points_to_the_best(refused, start, tmp_path, monkeypatch):
-    before(monkeypatch, "keep", 1, lambda job: (job.run.folder / "latest.pth.tmp").symlink_to("/dev/full"))
+    before(monkeypatch, "evaluate", 1, lambda *_: (tmp_path / "a/latest.pth.tmp").symlink_to("/dev/full"))
     line = refused("--total_itrs", 4)
     best = tmp_path / "a/best.pth"
     assert f"{best} of iteration 2 is kept" in line and f"with --ckpt {best} --continue_training" in line
@@ -201,12 +202,12 @@ def test_a_disk_that_is_full_at_the_first_latest_points_to_the_best(refused, sta
     assert "Itrs 3/4" in out and "Itrs 2/4" not in out
 
 
-def test_a_signal_on_a_full_disk_ends_in_one_line(refused, monkeypatch):
-    def stop(job, *_):
-        (job.run.folder / "latest.pth.tmp").symlink_to("/dev/full")
+def test_a_signal_on_a_full_disk_ends_in_one_line(refused, tmp_path, monkeypatch):
+    def stop(*_):
+        (tmp_path / "a/latest.pth.tmp").symlink_to("/dev/full")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before(monkeypatch, "run_training", 1, stop)
+    before(monkeypatch, "torch.utils.data.DataLoader.__iter__", 1, stop)
     line = refused("--total_itrs", 2)
     assert "latest.pth: cannot be written (No space left" in line
     assert "once it can be: there is no checkpoint" in line and "begins anew" in line
@@ -221,13 +222,13 @@ def test_a_folder_that_became_read_only_ends_the_run_in_one_line(half, refused, 
         return inner(self, mode, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        before(patch, "validate_and_keep", 1, lambda *_: patch.setattr(Path, "open", read_only))
+        before(patch, "evaluate", 1, lambda *_: patch.setattr(Path, "open", read_only))
         line = refused("--total_itrs", 6, "--continue_training")
     assert "a/log.txt: cannot be written (Read-only file system)" in line and "latest.pth of iteration 4" in line
     assert_whole(half, 4)
 
 
-@pytest.mark.parametrize("name", ["validate_and_keep", "keep", "save"])
+@pytest.mark.parametrize("name", ["evaluate", "torch.save"])
 def test_a_folder_that_vanishes_ends_the_run_in_one_line(half, refused, monkeypatch, name):
     before(monkeypatch, name, 1, lambda *_: shutil.rmtree(half))
     line = refused("--total_itrs", 6, "--continue_training")
@@ -240,7 +241,7 @@ def test_errors_of_other_files_stay_what_they_are(start, monkeypatch, error):
     def fail(*_):
         raise error
 
-    before(monkeypatch, "accumulate", 1, fail)
+    before(monkeypatch, "forward_backward", 1, fail)
     with pytest.raises(OSError, match="a bug"):
         start("--total_itrs", 2)
 
@@ -255,7 +256,7 @@ def test_weights_that_are_not_finite_are_never_saved(runs, half, refused, start,
         norm.running_var[0] = value  # takes no part in the loss
 
     with monkeypatch.context() as patch:
-        before(patch, "accumulate", 2, overflow)
+        before(patch, "forward_backward", 2, overflow)
         line = refused("--total_itrs", 6, "--continue_training")
     assert ".pth: not saved, for the weights are not finite after iteration 6" in line
     assert "--lr" in line and "--amp off" in line
@@ -321,7 +322,7 @@ def test_a_sample_that_goes_bad_is_named_and_what_was_trained_is_saved(
 ):
     flags = ("--data_root", data, "--num_workers", workers, "--val_interval", 9, "--total_itrs", 9)
     with monkeypatch.context() as patch:  # three iterations are an epoch: in the second one it is met for sure
-        before(patch, "accumulate", 3, lambda *_: swap(data / name, damage))
+        before(patch, "forward_backward", 3, lambda *_: swap(data / name, damage))
         line = refused(*flags)
     assert str(data / name) in line and words in line and "--skip_bad" in line
     itr = load_checkpoint(tmp_path / "a/latest.pth")["cur_itrs"]
@@ -395,7 +396,7 @@ def test_too_little_memory_at_the_first_step_leaves_nothing(refused, tmp_path, m
     def exhaust(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    before(monkeypatch, "accumulate", 1, exhaust)
+    before(monkeypatch, "forward_backward", 1, exhaust)
     line = refused("--total_itrs", 6, "--batch_size", 4)
     assert "for 4 crops of 33 pixels at a time: give --grad_accum 2, lower --crop_size, or give --amp auto" in line
     assert not (tmp_path / "a").exists()

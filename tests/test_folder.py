@@ -123,8 +123,8 @@ def test_one_mask_cannot_be_divided(without_lists):
 
 
 def test_camvid_opens_with_its_own_classes_and_colours(real_data):
-    sizes = [len(build_dataset("folder", real_data / "camvid", split)) for split in ("train", "val", "test")]
-    dataset = build_dataset("folder", real_data / "camvid", "test")
+    sizes = [len(build_dataset("folder", real_data("camvid"), split)) for split in ("train", "val", "test")]
+    dataset = build_dataset("folder", real_data("camvid"), "test")
     assert sizes == [367, 101, 233]
     assert dataset.class_names[0] == "sky" and dataset.num_classes == 11
     assert dataset.palette[0].tolist() == [128, 128, 128]

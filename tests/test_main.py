@@ -13,7 +13,7 @@ from PIL import Image
 
 import main
 from tests.conftest import ROOT, TINY, assert_refused, run_main, write_picture
-from utils.engine import accumulate
+from utils.engine import forward_backward
 from utils.loss import LOSSES, build_loss
 from utils.options import folder_of_test, get_parser
 from utils.run import HISTORY, environment
@@ -198,7 +198,7 @@ def test_a_step_in_parts_has_the_gradients_of_the_whole(loss_type):
     for parts in (1, 2, 4):
         torch.manual_seed(0)
         model = torch.nn.Conv2d(3, 5, 3, padding=1)
-        loss = accumulate(
+        loss = forward_backward(
             model, build_loss(loss_type), images=images, targets=targets,
             scaler=torch.amp.GradScaler("cpu", enabled=False), amp=None, parts=parts,
         )  # fmt: skip
@@ -275,7 +275,7 @@ def test_a_failing_run_with_workers_exits(folder, tmp_path, damage):
 import main
 def fail(*_, **__):
     raise RuntimeError("our fault")
-main.accumulate = fail
+main.forward_backward = fail
 main.main({data!r})
 """
         result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -382,7 +382,7 @@ def test_interrupt_exits_with_130(start, monkeypatch, capsys):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "accumulate", interrupt)
+    monkeypatch.setattr(main, "forward_backward", interrupt)
     with pytest.raises(SystemExit) as stop:
         start("--total_itrs", 2)
     assert stop.value.code == 130 and "Traceback" not in capsys.readouterr().err
@@ -549,7 +549,7 @@ def test_classes_that_do_not_match_are_refused_with_both_lists(folder, start, re
 
 
 def test_voc_without_photographs_is_refused_with_their_count(real_data, tmp_path, capsys):
-    arguments = ["--data_root", real_data / "voc2012_masks", "--run_dir", tmp_path / "runs", "--device", "cpu"]
+    arguments = ["--data_root", real_data("voc2012_masks"), "--run_dir", tmp_path / "runs", "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
         main.main([*map(str, arguments), "--backbone_weights", "none"])
     (line,) = capsys.readouterr().err.splitlines()

@@ -11,6 +11,7 @@ import torch
 import main
 from datasets.transforms import TrainTransform
 from tests.conftest import ROOT, TINY, before
+from utils.checkpoint import load_checkpoint
 from utils.cli import Interrupted, Interruption
 
 
@@ -28,6 +29,14 @@ def history(path):
     with (path / "history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows]
+
+
+class Killed(Exception):
+    """In the place of a kill that the process itself survives."""
+
+
+def killed(*_):
+    raise Killed
 
 
 def same(first, second):
@@ -55,20 +64,8 @@ def test_run_that_stopped_at_a_validation_goes_on_bit_for_bit(start, tmp_path, m
     ]
     scores, _ = start("whole", *flags)
 
-    class Killed(Exception):
-        pass
-
-    add = main.RunningMean.add
-    calls = []
-
-    def add_until_killed(self, value):
-        calls.append(value)
-        if len(calls) > 2 * 4:  # two means an iteration: in iteration 5, past the validation at 3
-            raise Killed
-        add(self, value)
-
     with monkeypatch.context() as patch:
-        patch.setattr(main.RunningMean, "add", add_until_killed)
+        before(patch, "forward_backward", 5, killed)  # past the validation at 3
         with pytest.raises(Killed):
             start("halves", *flags)
     capsys.readouterr()
@@ -91,10 +88,10 @@ def signal_at(monkeypatch, name, call, number):
 @pytest.mark.parametrize(
     ("name", "call", "number", "policy", "workers"),
     [
-        ("accumulate", 1, signal.SIGTERM, "step", 0),
-        ("accumulate", 2, signal.SIGINT, "poly", 1),
-        ("accumulate", 5, signal.SIGHUP, "poly", 0),
-        ("accumulate", 6, signal.SIGTERM, "step", 1),  # a validation follows
+        ("forward_backward", 1, signal.SIGTERM, "step", 0),
+        ("forward_backward", 2, signal.SIGINT, "poly", 1),
+        ("forward_backward", 5, signal.SIGHUP, "poly", 0),
+        ("forward_backward", 6, signal.SIGTERM, "step", 1),  # a validation follows
         ("evaluate", 1, signal.SIGTERM, "step", 0),
         ("evaluate", 2, signal.SIGINT, "poly", 1),
         ("evaluate", 3, signal.SIGTERM, "poly", 0),  # the last one
@@ -122,7 +119,7 @@ def test_a_signal_anywhere_saves_and_the_run_goes_on_bit_for_bit(
 
 
 def test_a_signal_before_the_first_iteration_saves_iteration_0(start, tmp_path, monkeypatch, capsys):
-    signal_at(monkeypatch, "run_training", 1, signal.SIGTERM)
+    signal_at(monkeypatch, "torch.utils.data.DataLoader.__iter__", 1, signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         start("a", "--total_itrs", 2)
     assert stop.value.code == 143 and "interrupted at iteration 0" in capsys.readouterr().out
@@ -131,7 +128,7 @@ def test_a_signal_before_the_first_iteration_saves_iteration_0(start, tmp_path, 
 
 def test_an_interrupted_run_that_is_to_end_there_is_validated(start, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        signal_at(patch, "accumulate", 2, signal.SIGTERM)
+        signal_at(patch, "forward_backward", 2, signal.SIGTERM)
         with pytest.raises(SystemExit):
             start("a", "--total_itrs", 9, "--val_interval", 9)
     scores, out = start("a", "--total_itrs", 2, "--val_interval", 9, "--continue_training")
@@ -141,7 +138,7 @@ def test_an_interrupted_run_that_is_to_end_there_is_validated(start, tmp_path, m
 def test_a_resume_in_the_middle_of_an_epoch_decodes_no_picture_again(start, monkeypatch, capsys):
     flags = ["--total_itrs", 4, "--val_interval", 4]  # two iterations an epoch
     with monkeypatch.context() as patch:
-        signal_at(patch, "accumulate", 3, signal.SIGTERM)
+        signal_at(patch, "forward_backward", 3, signal.SIGTERM)
         with pytest.raises(SystemExit):
             start("a", *flags)
     read, transform = [], TrainTransform.__call__
@@ -162,7 +159,7 @@ import main
 def slow(*_, **__):
     print("training", flush=True)
     time.sleep(60)
-main.accumulate = slow
+main.forward_backward = slow
 main.main({["--dataset", "folder", "--data_root", str(folder), "--run_dir", str(tmp_path), *TINY]!r})
 """
     process = subprocess.Popen(
@@ -195,19 +192,11 @@ def test_a_worse_model_after_a_resume_does_not_replace_the_best(start, tmp_path)
 
 
 def test_a_kill_between_the_two_saves_does_not_lose_the_best(start, tmp_path, monkeypatch):
-    save = main.TrainingState.save
-    saved = []
-
-    def save_once(self, path, **keywords):
-        if saved:
-            raise OSError("killed")
-        saved.append(path.name)
-        save(self, path, **keywords)
-
-    monkeypatch.setattr(main.TrainingState, "save", save_once)
-    with pytest.raises(OSError, match="killed"):
+    before(monkeypatch, "torch.save", 2, killed)
+    with pytest.raises(Killed):
         start("a", "--total_itrs", 2)
-    assert saved == ["best.pth"]
+    assert [path.name for path in (tmp_path / "a").glob("*.pth")] == ["best.pth"]
+    assert load_checkpoint(tmp_path / "a/best.pth")["cur_itrs"] == 2
 
 
 def test_latest_holds_the_best_score_of_its_own_validation(start, tmp_path):

@@ -268,7 +268,7 @@ def test_unknown_class_weights_are_refused():
 
 @pytest.fixture
 def voc_train(real_data):
-    return build_dataset("voc", real_data / "voc2012_masks", "train")
+    return build_dataset("voc", real_data("voc2012_masks"), "train")
 
 
 def test_the_real_voc_training_set_has_its_known_statistics(voc_train):
@@ -292,7 +292,7 @@ def test_the_real_voc_training_set_has_its_known_statistics(voc_train):
 
 
 def test_weights_on_camvid_order_its_classes_by_rarity(real_data):
-    statistics = class_statistics(build_dataset("folder", real_data / "camvid", "train"))
+    statistics = class_statistics(build_dataset("folder", real_data("camvid"), "train"))
     weights = class_weights("inverse", statistics.pixels)
     rarest_first = [statistics.class_names[k] for k in weights.argsort(descending=True)]
     assert rarest_first[:2] == ["bicyclist", "pedestrian"] and rarest_first[-2:] == ["building", "road"]

@@ -140,7 +140,7 @@ def test_samples_without_photographs_draws_the_annotations_and_says_so(run, fold
 
 
 def test_real_annotations_alone_give_twenty_samples_of_every_class(real_data, tmp_path, capsys):
-    visualize.main(["samples", "--data_root", str(real_data / "voc2012_masks"), "--out", str(tmp_path / "s.png")])
+    visualize.main(["samples", "--data_root", str(real_data("voc2012_masks")), "--out", str(tmp_path / "s.png")])
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if ": " in line and line[0] == "2"]
     shown = {name for line in lines for name in line.split(": ")[1].split(", ")}

@@ -138,8 +138,8 @@ def test_2012_aug_without_its_list_says_where_it_belongs(voc_root):
 
 
 def test_the_real_annotations_open_without_their_photographs(real_data):
-    train = VOCSegmentation(real_data / "voc2012_masks", "2012", "train")
-    val = VOCSegmentation(real_data / "voc2012_masks", "2012", "val")
+    train = VOCSegmentation(real_data("voc2012_masks"), "2012", "train")
+    val = VOCSegmentation(real_data("voc2012_masks"), "2012", "val")
     assert (len(train), len(val)) == (1464, 1449)
     assert len(train.missing_images) == 1464
     with pytest.raises(InputError, match=r"2007_000032\.jpg: the picture is missing \(1464 of 1464"):

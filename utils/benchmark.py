@@ -38,7 +38,7 @@ from datasets.voc import VOC_CLASSES, voc_colormap
 from network import MODELS, build_model
 from network.upsample import DecoderConv2d, conv_after_upsampling, conv_before_upsampling
 from utils.cli import Parser, exit_codes, number
-from utils.engine import accumulate, choose_amp, choose_device, compiled, evaluate, normalize
+from utils.engine import choose_amp, choose_device, compiled, evaluate, forward_backward, normalize
 from utils.errors import InputError
 from utils.loss import build_loss
 from utils.metrics import ConfusionMatrix
@@ -188,7 +188,7 @@ def training_step(opts: argparse.Namespace, amp: torch.dtype | None, *, compile:
     def step(images: torch.Tensor, targets: torch.Tensor) -> None:
         images, targets = (tensor.to(opts.device, non_blocking=True) for tensor in (images, targets))
         optimizer.zero_grad(set_to_none=True)
-        accumulate(forward, criterion, images=images, targets=targets, **how)
+        forward_backward(forward, criterion, images=images, targets=targets, **how)
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()

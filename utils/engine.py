@@ -102,7 +102,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return rows.sub_(mean).div_(std).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)  # [B, 3, H, W]
 
 
-def accumulate(
+def forward_backward(
     forward: Callable[[torch.Tensor], torch.Tensor],
     criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     *,
