@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from datasets.loader import end_workers, make_loader, open_split
-from datasets.sampler import SameSizeBatches, TrainBatches
+from datasets.loader import SameSizeBatches, TrainBatches, end_workers, make_loader, open_split
 from datasets.stats import class_statistics
 from datasets.transforms import crop_val_transform, eval_transform, train_transform
 from datasets.voc import SegmentationDataset
@@ -31,7 +30,6 @@ from utils.distributed import World, is_loss_of_another, join
 from utils.engine import choose_amp, choose_device, compiled, forward_backward, is_out_of_memory
 from utils.errors import InputError, SampleError
 from utils.evaluation import test
-from utils.export import check_target, export_onnx
 from utils.job import (
     Job,
     bad_sample,
@@ -46,9 +44,10 @@ from utils.loss import ADDITIVE_LOSSES, build_loss, class_weights
 from utils.metrics import RunningMean, format_class_table, format_scores
 from utils.optimizer import build_optimizer
 from utils.options import ABOUT_THE_DATA, differences, find_run, get_parser, require_fitting, settle_model
-from utils.prediction import build_trained
+from utils.pictures.predict import build_trained
 from utils.run import Run, SilentRun, device_name
 from utils.visualizer import build_visualizer
+from utils.weights.onnx import check_target, export_onnx
 
 
 @exit_codes

@@ -15,19 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datasets import DATASETS, build_dataset
-from datasets.check import check_dataset, format_findings
 from datasets.files import VOID
+from datasets.prepare.check import check_dataset, format_findings
 from datasets.stats import choose_samples, class_statistics, format_statistics, statistics_table
 from datasets.voc import SegmentationDataset
-from network import sam_report
 from utils.checkpoint import require_classes
 from utils.cli import Parser, any_path, exit_codes, number
 from utils.engine import choose_amp, choose_device, predict
 from utils.errors import InputError
 from utils.metrics import image_iou
-from utils.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
-from utils.prediction import TILE, list_pictures, load_model, predict_files
-from utils.report import write_report
+from utils.pictures import sam as sam_report
+from utils.pictures.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
+from utils.pictures.predict import TILE, list_pictures, load_model, predict_files
+from utils.pictures.report import write_report
 from utils.run import Run, write_csv
 
 NUM_SAMPLES = 20  # of `samples`; `compare` shows the first of them

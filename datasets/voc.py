@@ -15,7 +15,6 @@ import torch
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from datasets.download import download_voc
 from datasets.files import (
     IMAGE_SUFFIXES,
     existing_folder,
@@ -25,6 +24,7 @@ from datasets.files import (
     read_size,
     require_one_size,
 )
+from datasets.prepare.download import download_voc
 from utils.errors import InputError, SampleError
 
 VOC_CLASSES = (
@@ -233,5 +233,5 @@ def augmented_list(root: Path, lists: Path) -> Path:
     path = next((p for p in (lists / "train_aug.txt", root / "train_aug.txt") if p.is_file()), None)
     if path is None:
         file = lists / "train_aug.txt"
-        raise InputError(f"{file}: missing, and not in {root} either; python -m datasets.sbd makes it")
+        raise InputError(f"{file}: missing, and not in {root} either; python -m datasets.prepare.sbd makes it")
     return path

@@ -12,7 +12,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from utils.checkpoint import load_file, misfits
 from utils.errors import InputError
-from utils.published import download, weights_in
+from utils.weights.published import download, weights_in
 
 
 class Backbone(NamedTuple):

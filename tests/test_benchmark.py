@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils import benchmark, scaling
+from utils.benchmark import __main__ as benchmark
+from utils.benchmark import parts, scaling
 
 CONTRACT = {"loader", "loader_2_workers", "train_step", "validation", "predict", "confusion_matrix"}
 MODEL = "deeplabv3plus_mobilenet_v3_large"
@@ -15,16 +16,16 @@ TINY += "--step_crop_size 33 --step_batch_size 2".split()
 
 @pytest.fixture(autouse=True)
 def small_work(monkeypatch):
-    monkeypatch.setattr(benchmark, "PICTURE", (40, 52))
-    monkeypatch.setattr(benchmark, "DISTINCT", 8)
-    monkeypatch.setattr(benchmark, "MATRIX", 32)
-    monkeypatch.setattr(benchmark, "FED_STEPS", 4)
+    for name, value in {"PICTURE": (40, 52), "DISTINCT": 8, "MATRIX": 32, "FED_STEPS": 4}.items():
+        for module in (benchmark, parts):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture
 def opts(tmp_path) -> argparse.Namespace:
     opts = benchmark.parse(TINY)
-    opts.folder = benchmark.write_pictures(tmp_path / "data", 8, num_val=4, size=(40, 52))
+    opts.folder = parts.write_pictures(tmp_path / "data", 8, num_val=4, size=(40, 52))
     return opts
 
 
@@ -79,10 +80,10 @@ def test_bad_flags_are_refused_before_anything_is_measured(flags, message, capsy
 
 
 def test_training_steps_train(opts, monkeypatch):
-    model = benchmark.our_model(opts)
+    model = parts.our_model(opts)
     before = [parameter.clone() for parameter in model.parameters()]
-    monkeypatch.setattr(benchmark, "our_model", lambda opts: model)
-    benchmark.training_step(opts, None)(*benchmark.resident_batch(opts))
+    monkeypatch.setattr(parts, "our_model", lambda opts: model)
+    parts.training_step(opts, None)(*parts.resident_batch(opts))
     assert model.training
     assert any(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets import build_dataset
-from datasets.sampler import SameSizeBatches
+from datasets.loader import SameSizeBatches
 from network import build_model
 from utils.card import Card, bootstrap_interval, format_card, image_counts, mean_iou, write_card
 from utils.engine import evaluate

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from datasets import build_dataset
-from datasets.check import Finding, check_dataset, format_findings
+from datasets.prepare.check import Finding, check_dataset, format_findings
 from tests.conftest import write_picture, write_voc_layout
 from utils.errors import InputError
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 import main
 from datasets import build_dataset
-from datasets.sampler import SameSizeBatches, TrainBatches
+from datasets.loader import SameSizeBatches, TrainBatches
 from tests.conftest import ROOT, TINY, before, write_voc_layout
 from utils.checkpoint import load_checkpoint
 from utils.distributed import ALONE, World, attempt_of, join

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from datasets import download
-from datasets.download import download_voc
+from datasets.prepare import download
+from datasets.prepare.download import download_voc
 from utils.errors import InputError
 
 NAME = DATASET_YEAR_DICT["2012"]["filename"]

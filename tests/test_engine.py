@@ -4,7 +4,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
 from datasets import build_dataset
-from datasets.sampler import SameSizeBatches
+from datasets.loader import SameSizeBatches
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from network import build_model
 from network.fold import folded

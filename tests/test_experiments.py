@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, TINY
-from utils import experiments
+from utils.benchmark import experiments
 from utils.errors import InputError
 from utils.options import get_parser
 from utils.run import HISTORY
@@ -177,7 +177,7 @@ def test_a_run_may_save_before_the_list_ends(make_list, folder, tmp_path, to_the
     shared = f"--dataset folder --data_root {folder} {' '.join(TINY)}"
     path = make_list("a: --total_itrs 100000 --val_interval 100000", shared=shared)
     process = subprocess.Popen(
-        [sys.executable, "-m", "utils.experiments", str(path), "--test_split", "val"],
+        [sys.executable, "-m", "utils.benchmark.experiments", str(path), "--test_split", "val"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -274,9 +274,12 @@ def test_a_file_of_a_run_that_is_not_whole_is_named(make_list, fake_run, capsys)
 
 
 def test_help_says_how_to_start_it():
-    command = [sys.executable, "-m", "utils.experiments", "--help"]
+    command = [sys.executable, "-m", "utils.benchmark.experiments", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    assert shown.stdout.startswith("usage: python -m utils.experiments FILE") and "--test_split" in shown.stdout
+    assert (
+        shown.stdout.startswith("usage: python -m utils.benchmark.experiments FILE")
+        and "--test_split" in shown.stdout
+    )
 
 
 def test_a_list_to_test_on_that_is_not_there_is_found_before_the_training(make_list, folder, tmp_path, capfd):

@@ -22,9 +22,9 @@ from tests.conftest import ROOT, TINY, before, write_voc_layout
 from tests.test_checkpoint import Malicious, complete
 from tests.test_resume import history, same
 from utils import loss
-from utils.atomic import keep_as
 from utils.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from utils.errors import InputError, SampleError
+from utils.files import keep_as
 
 KILLS = int(os.environ.get("SEG_KILLS", "3"))
 

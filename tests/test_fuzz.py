@@ -33,15 +33,15 @@ from torchvision import tv_tensors
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 import main
-from datasets.check import check_dataset
-from datasets.download import download_voc
 from datasets.files import VOID, read_class_names, read_ids, read_image, read_mask, read_size
+from datasets.prepare.check import check_dataset
+from datasets.prepare.download import download_voc
 from datasets.transforms import MEAN_COLOUR, crop_val_transform, train_transform
 from utils.engine import MAX_SCALE, parse_tta
 from utils.errors import InputError
 from utils.metrics import ConfusionMatrix
 from utils.options import get_parser, require_fitting
-from utils.prediction import read_any
+from utils.pictures.predict import read_any
 
 FUZZ = int(os.environ.get("SEG_FUZZ", 200))
 SECONDS = 30  # that one input may take

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from network import build_model, upsample
-from utils import memory
+from utils.benchmark import memory
 from utils.engine import normalize
 from utils.loss import LOSSES
 

@@ -43,7 +43,7 @@ def test_no_flag_is_of_type_bool(parser):
 
 
 def test_every_flag_of_visualize_is_read():
-    text = (ROOT / "visualize.py").read_text() + (ROOT / "network" / "sam_report.py").read_text()
+    text = (ROOT / "visualize.py").read_text() + (ROOT / "utils" / "pictures" / "sam.py").read_text()
     commands = visualize.get_parser()._subparsers._group_actions[0].choices
     for action in (action for command in commands.values() for action in command._actions):
         assert action.dest == "help" or f"opts.{action.dest}" in text, action.dest

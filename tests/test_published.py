@@ -24,8 +24,8 @@ from utils.checkpoint import (
     require_training_state,
 )
 from utils.errors import InputError
-from utils.prediction import load_model
-from utils.published import download_torchvision
+from utils.pictures.predict import load_model
+from utils.weights.published import download_torchvision
 
 MOBILENET = "deeplabv3plus_mobilenet_v3_large"
 VOC_WEIGHTS = models.segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1

@@ -6,20 +6,20 @@ import torch
 from torch import nn
 
 from datasets import build_dataset
-from datasets.loader import make_loader
-from datasets.sampler import SameSizeBatches
+from datasets.loader import SameSizeBatches, make_loader
 from datasets.transforms import eval_transform
-from utils import benchmark, reference
+from utils.benchmark import __main__, reference
+from utils.benchmark import parts as benchmark
+from utils.benchmark.reference import PlainDataset, plain_confusion, plain_loader, plain_model, plain_predict
 from utils.engine import normalize
 from utils.metrics import ConfusionMatrix
-from utils.prediction import predict_picture
-from utils.reference import PlainDataset, plain_confusion, plain_loader, plain_model, plain_predict
+from utils.pictures.predict import predict_picture
 
 
 @pytest.fixture
 def opts(tmp_path) -> argparse.Namespace:
     flags = "--device cpu --amp off --model deeplabv3plus_mobilenet_v3_large --crop_size 33 --batch_size 4"
-    opts = benchmark.parse(flags.split())
+    opts = __main__.parse(flags.split())
     opts.folder = benchmark.write_pictures(tmp_path / "data", 8, num_val=4, size=(40, 52))
     return opts
 

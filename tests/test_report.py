@@ -15,10 +15,10 @@ from PIL import Image
 
 import main
 from tests.conftest import TINY, write_voc_layout
-from utils import report, report_data
 from utils.engine import predict
 from utils.errors import InputError
-from utils.prediction import load_model
+from utils.pictures import report, report_data
+from utils.pictures.predict import load_model
 from utils.run import HISTORY
 
 CPU = torch.device("cpu")

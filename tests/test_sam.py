@@ -23,11 +23,11 @@ import main
 import visualize
 from datasets import build_dataset
 from network.sam import Mask, generate_masks, load_sam, refine, true_masks
-from network.sam_report import dataset_items
 from tests.conftest import TINY, run_main
 from utils.errors import InputError
 from utils.metrics import BoundaryIoU, boundary
-from utils.plotting import draw_masks
+from utils.pictures.plotting import draw_masks
+from utils.pictures.sam import dataset_items
 
 CPU = torch.device("cpu")
 ANY = "--min_score 0 --min_stability 0 --points_per_side 2 --device cpu --amp off".split()
@@ -225,7 +225,7 @@ def test_sam_draws_with_and_without_a_model_and_scores_a_split(run, ckpt):
 
 
 def test_large_pictures_of_a_data_set_are_drawn_small_and_scored_at_native_size(folder, monkeypatch):
-    monkeypatch.setattr("network.sam_report.LONGEST_SIDE", 26)
+    monkeypatch.setattr("utils.pictures.sam.LONGEST_SIDE", 26)
     dataset = build_dataset("folder", folder, "train")  # 40 x 52 and 52 x 40
     small, large = (dataset_items(dataset, [0, 1], native=native) for native in (False, True))
     assert [[part.shape for part in item.read()] for item in small] == [

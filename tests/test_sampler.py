@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets import build_dataset
-from datasets.sampler import SameSizeBatches, TrainBatches
+from datasets.loader import SameSizeBatches, TrainBatches
 from datasets.transforms import train_transform
 from utils.errors import InputError
 

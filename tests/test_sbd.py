@@ -13,7 +13,8 @@ from conftest import ROOT, assert_refused, write_picture
 from filelock import FileLock
 from PIL import Image
 
-from datasets import build_dataset, sbd
+from datasets import build_dataset
+from datasets.prepare import sbd
 from datasets.voc import voc_colormap
 from utils.errors import InputError
 
@@ -362,7 +363,7 @@ def test_scipy_is_asked_for_where_it_is_missing(voc, source, capsys, monkeypatch
 
 
 def test_the_command_refuses_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "datasets.sbd", "--sbd", str(tmp_path), "--data_root", str(tmp_path)]
+    command = [sys.executable, "-m", "datasets.prepare.sbd", "--sbd", str(tmp_path), "--data_root", str(tmp_path)]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert_refused(refused, str(tmp_path / "VOCdevkit" / "VOC2012"), "--data_root", "main.py --download first")
 
@@ -371,7 +372,7 @@ def test_the_command_has_help(capsys):
     with pytest.raises(SystemExit) as done:
         sbd.main(["--help"])
     out = capsys.readouterr().out
-    assert not done.value.code and "--sbd" in out and "--data_root" in out and "datasets.sbd" in out
+    assert not done.value.code and "--sbd" in out and "--data_root" in out and "datasets.prepare.sbd" in out
 
 
 def test_an_archive_whose_header_makes_no_sense_is_refused(voc, tmp_path, capsys):

@@ -10,8 +10,8 @@ import main
 import visualize
 from datasets import build_dataset
 from tests.conftest import TINY, write_picture, write_voc_layout
-from utils import plotting
 from utils.metrics import ConfusionMatrix
+from utils.pictures import plotting
 from utils.run import Run
 
 SPLITS = {"train": ["a1", "a2", "a3", "a4"], "val": ["b1", "b2", "b3"]}

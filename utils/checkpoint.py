@@ -14,10 +14,10 @@ from torch import nn
 
 from datasets.files import is_file, is_folder
 from datasets.voc import SegmentationDataset
-from utils.atomic import keep_as, replacing
 from utils.errors import InputError
+from utils.files import keep_as, replacing
 from utils.metrics import RunningMean
-from utils.published import convert, download_torchvision, model_of, unnamed, weights_in
+from utils.weights.published import convert, download_torchvision, model_of, unnamed, weights_in
 
 KEYS = {"model_state", "optimizer_state", "scheduler_state", "scaler_state", "cur_itrs", "best_score"}
 OURS_ALONE = {"best_itr", "scores", "options", "class_names", "palette"}  # files of others have none of these
@@ -178,7 +178,7 @@ def _float64(dtype: np.dtype, content: bytes) -> float:
 
 
 def load_checkpoint(path: str | Path, *, flag: str = "--ckpt", model: str | None = None) -> dict:
-    """A checkpoint of this project, or a published one as `utils.published.convert` makes it, with a key `published`.
+    """A checkpoint of this project, or a published one as `utils.weights.published` makes it (key `published`).
 
     path: a file, or the word "torchvision" for its weights of `model` (None: DeepLabV3 ResNet-50), downloaded.
     Raises InputError for a missing or damaged file and for weights that no model here has.

@@ -6,8 +6,7 @@ import contextlib
 import torch
 from torch.utils.data import DataLoader
 
-from datasets.loader import end_workers, make_loader
-from datasets.sampler import SameSizeBatches
+from datasets.loader import SameSizeBatches, end_workers, make_loader
 from datasets.voc import SegmentationDataset
 from network._deeplab import DeepLab
 from utils.card import Card, format_card, write_card

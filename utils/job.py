@@ -15,7 +15,7 @@ from utils.distributed import World
 from utils.errors import InputError, SampleError
 from utils.evaluation import validate
 from utils.metrics import RunningMean
-from utils.plotting import prediction_strip
+from utils.pictures.plotting import prediction_strip
 from utils.run import SCORE_COLUMNS, Run, environment, peak_memory_mb
 from utils.visualizer import SilentVisualizer, Visualizer
 

@@ -9,9 +9,9 @@ from utils.checkpoint import load_checkpoint, load_newest, previous_of, require_
 from utils.cli import Parser, any_path, inner_path, number
 from utils.engine import parse_tta
 from utils.errors import InputError
-from utils.export import DEFAULT_OPSET, OPSETS
 from utils.loss import CLASS_WEIGHTS, LOSSES
 from utils.run import Run
+from utils.weights.onnx import DEFAULT_OPSET, OPSETS
 
 MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16}  # where no checkpoint decides
 ABOUT_THE_DATA = ("dataset", "data_root", "year")

@@ -23,11 +23,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.voc import SegmentationDataset
-from utils.atomic import naming, replacing, temporary_of
 from utils.checkpoint import load_checkpoint
 from utils.distributed import job_id, restarted
 from utils.errors import InputError
-from utils.plotting import draw_curves, overlay
+from utils.files import naming, replacing, temporary_of
+from utils.pictures.plotting import draw_curves, overlay
 
 HISTORY = "epoch itr loss lr overall_acc mean_acc freqw_acc mean_iou train_seconds val_seconds peak_memory_mb".split()
 CHECKPOINTS = ("latest.pth", "latest.prev.pth", "best.pth")

@@ -1,6 +1,6 @@
 """The augmented training set of PASCAL VOC 2012: 10,582 pictures, annotated by VOC and by SBD.
 
-    python -m datasets.sbd --sbd benchmark.tgz    # or the folder that it was extracted to; done once
+    python -m datasets.prepare.sbd --sbd benchmark.tgz    # or the folder that it was extracted to; done once
     python main.py --year 2012_aug                # trains on it
 
 SBD (Hariharan et al., Semantic Contours from Inverse Detectors, ICCV 2011) annotates 11,355 pictures of VOC, but its
@@ -23,12 +23,12 @@ from PIL import Image
 from torchvision.datasets import SBDataset
 from tqdm import tqdm
 
-from datasets.download import BAD_TAR
 from datasets.files import UNREADABLE, VOID, read_ids
+from datasets.prepare.download import BAD_TAR
 from datasets.voc import VOC_CLASSES, VOCSegmentation, voc_colormap
-from utils.atomic import replacing
 from utils.cli import Parser, exit_codes
 from utils.errors import InputError
+from utils.files import replacing
 
 NUM_IMAGES, NUM_SBD = 10_582, 11_355  # of the set; of SBD
 LIST, MASKS = "ImageSets/Segmentation/train_aug.txt", "SegmentationClassAug"
@@ -186,7 +186,9 @@ def _require_size(mask: np.ndarray, jpeg: Path, where: str) -> None:
 @exit_codes
 def main(argv: list[str] | None = None) -> None:
     """The command line above."""
-    parser = Parser(prog="python -m datasets.sbd", description="Build VOC 2012's augmented training set from SBD.")
+    parser = Parser(
+        prog="python -m datasets.prepare.sbd", description="Build VOC 2012's augmented training set from SBD."
+    )
     add = parser.add_argument
     add("--sbd", required=True, metavar="PATH", help="benchmark.tgz, or the folder that it was extracted to")
     add("--data_root", default="datasets/data", metavar="DIR", help="the folder that holds VOCdevkit")

@@ -1,6 +1,6 @@
 """What a training step takes of one GPU's memory, counted without one:
 
-    python -m utils.memory --batch_size 16 --grad_accum 2 --crop_size 513
+    python -m utils.benchmark.memory --batch_size 16 --grad_accum 2 --crop_size 513
 
 It takes the command line of a training. The model, its stride, batch, parts, crop, loss, class weights, momentum and
 `--freeze_bn` count, other flags make no difference, and those that would, but cannot be counted, are refused.
@@ -18,12 +18,12 @@ from datasets import shapes
 from datasets.transforms import train_transform
 from datasets.voc import VOC_CLASSES
 from network import build_model
+from utils.benchmark.reference import with_plain_layers
 from utils.cli import exit_codes, number
 from utils.engine import autocast
 from utils.errors import InputError
 from utils.loss import build_loss
 from utils.options import get_parser, require_fitting, settle_model
-from utils.reference import with_plain_layers
 
 CPU = torch.device("cpu")  # its tensors are as large, once the layers are the plain ones, as they are on a GPU
 KINDS = {  # MemTracker's, at a moment in time
@@ -79,7 +79,7 @@ def peak_of_step(opts: argparse.Namespace, amp: torch.dtype | None) -> dict[str,
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """main.py's flags and the number of classes. Raises InputError for those that do not go together or count."""
     parser = get_parser()
-    parser.prog, parser.usage = "memory.py", "python -m utils.memory [--num_classes N] [flags of main.py]"
+    parser.prog, parser.usage = "memory.py", "python -m utils.benchmark.memory [--num_classes N] [flags of main.py]"
     parser.description = "Count what a training step takes of a GPU's memory."
     text = f"of the data set (default: {CLASSES['voc']} of voc, {CLASSES['shapes']} of shapes)"
     parser.add_argument("--num_classes", metavar="N", type=number(int, 2, 255), help=text)

@@ -18,9 +18,9 @@ from datasets.stats import choose_samples, class_statistics, statistics_table
 from datasets.voc import SegmentationDataset
 from utils.checkpoint import knowledge, load_checkpoint
 from utils.errors import InputError
-from utils.html import PAGE, Html, escape, figure, join, markup, note, number, table, td
-from utils.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
-from utils.report_data import (
+from utils.pictures.html import PAGE, Html, escape, figure, join, markup, note, number, table, td
+from utils.pictures.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
+from utils.pictures.report_data import (
     ENVIRONMENT,
     NUM_SAMPLES,
     SEED,

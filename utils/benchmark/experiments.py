@@ -1,8 +1,8 @@
 """Runs a list of experiments, goes on where it stopped, and writes one table of what came out.
 
-    python -m utils.experiments docs/results/camvid_cpu.txt                      # trains and tests what is missing
-    python -m utils.experiments docs/results/camvid_cpu.txt --classes pole,sign  # their test IoU in the table too
-    python -m utils.experiments docs/results/camvid_cpu.txt --table_only         # the table of what is there
+    python -m utils.benchmark.experiments LIST                      # trains and tests what is missing
+    python -m utils.benchmark.experiments LIST --classes pole,sign  # their test IoU in the table too
+    python -m utils.benchmark.experiments LIST --table_only         # the table of what is there
 
 A line of the list is `<label>: <flags of main.py>`; those after `all:` come before the flags of every line, and
 `--random_seed 1,2,3` makes three runs, each RUN_DIR/<label>_s<seed>. Paths start at the repository's root. Empty
@@ -27,10 +27,10 @@ from datasets.transforms import eval_transform
 from utils.cli import Parser, exit_codes
 from utils.errors import InputError
 from utils.options import ABOUT_THE_START, get_parser, require_fitting, settle_model
-from utils.report_data import read_csv
+from utils.pictures.report_data import read_csv
 from utils.run import Run, write_csv, write_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 OURS = {"--run_name", "--continue_training", "--test_only"}  # flags that a list does not give
 SCORES, COSTS = ["best val mIoU", "test mIoU", "test mean boundary IoU"], ["train seconds", "peak memory MB"]
 
@@ -244,7 +244,7 @@ def command(run: Experiment) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line above."""
     about = "Runs a list of experiments, goes on where it stopped, and writes one table of what came out."
-    parser = Parser(prog="python -m utils.experiments", usage="%(prog)s FILE [flags]", description=about)
+    parser = Parser(prog="python -m utils.benchmark.experiments", usage="%(prog)s FILE [flags]", description=about)
     add = parser.add_argument
     add("file", metavar="FILE", type=Path, help="the list of experiments")
     add("--test_split", metavar="LIST", default="test", help="the list to test best.pth on; none: no test")

@@ -20,8 +20,8 @@ from tests.test_checkpoint import complete
 from utils.checkpoint import save_checkpoint
 from utils.engine import predict
 from utils.errors import InputError
-from utils.plotting import overlay
-from utils.prediction import (
+from utils.pictures.plotting import overlay
+from utils.pictures.predict import (
     list_pictures,
     load_model,
     output_names,

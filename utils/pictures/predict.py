@@ -16,11 +16,11 @@ from datasets.files import FULL_SCALE, UNREADABLE, is_file, is_folder, read_imag
 from network import build_model
 from network._deeplab import DeepLab
 from network.fold import folded
-from utils.atomic import replacing
 from utils.checkpoint import load_checkpoint, load_model_state
 from utils.engine import autocast, evaluating, normalize, predict
 from utils.errors import InputError
-from utils.plotting import overlay
+from utils.files import replacing
+from utils.pictures.plotting import overlay
 from utils.run import write_csv
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}

@@ -16,10 +16,10 @@ from torch import nn
 import main
 from datasets.voc import voc_colormap
 from network import build_model
-from utils import export
 from utils.engine import normalize
 from utils.errors import InputError
-from utils.export import export_onnx, smooth_pictures
+from utils.weights import onnx as export
+from utils.weights.onnx import export_onnx, smooth_pictures
 
 CLASSES = ["sky", "road", "träd", "car", "dog", "cat", "bus", "sign", "wall", "roof", "door", "boat"]
 

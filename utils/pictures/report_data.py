@@ -16,9 +16,9 @@ from datasets.stats import choose_samples, class_statistics
 from datasets.voc import SegmentationDataset
 from utils.engine import choose_amp, predict
 from utils.errors import InputError
-from utils.html import Html, note
 from utils.metrics import ConfusionMatrix, image_iou
-from utils.prediction import load_model
+from utils.pictures.html import Html, note
+from utils.pictures.predict import load_model
 from utils.run import HISTORY
 
 NUM_SAMPLES, SEED = 20, 1  # the images of `visualize.py samples`

@@ -19,8 +19,8 @@ from utils.cli import number
 from utils.engine import autocast, normalize
 from utils.errors import InputError
 from utils.metrics import BoundaryIoU, ConfusionMatrix, image_iou
-from utils.plotting import draw_grid, draw_masks, hwc
-from utils.prediction import TrainedModel, read_any
+from utils.pictures.plotting import draw_grid, draw_masks, hwc
+from utils.pictures.predict import TrainedModel, read_any
 from utils.run import peak_memory_mb, write_csv
 
 LONGEST_SIDE = 2048  # pixels, of a picture to draw: twice what SAM sees, and a model's memory stays bounded

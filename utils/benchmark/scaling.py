@@ -14,14 +14,13 @@ import torch
 from torch import nn
 
 from datasets import build_dataset
-from datasets.loader import make_loader
-from datasets.sampler import SameSizeBatches
+from datasets.loader import SameSizeBatches, make_loader
 from datasets.transforms import eval_transform
-from utils.benchmark import DISTINCT, PICTURE, loader, timed, trained_model, write_pictures
+from utils.benchmark.parts import DISTINCT, PICTURE, loader, timed, trained_model, write_pictures
 from utils.engine import evaluate
 from utils.loss import LOSSES, build_loss
 from utils.metrics import ConfusionMatrix
-from utils.prediction import predict_picture
+from utils.pictures.predict import predict_picture
 from utils.run import peak_memory_mb
 
 IMAGES, SIDE = (100, 1000, 10_000), 32  # many pictures, but small ones

@@ -21,9 +21,9 @@ from datasets.stats import ClassStatistics
 from datasets.voc import SegmentationDataset
 from network._deeplab import DeepLab
 from network.sam import Mask
-from utils.atomic import replacing
 from utils.engine import evaluating, predict
 from utils.errors import InputError
+from utils.files import replacing
 
 matplotlib.rcParams["text.parse_math"] = False  # a "$" in a class name is a dollar
 COLUMNS = 10  # of a grid of samples

@@ -18,9 +18,9 @@ from torch import nn
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from network._deeplab import DeepLab
 from network.fold import folded
-from utils.atomic import replacing, temporary_of
 from utils.engine import normalize
 from utils.errors import InputError
+from utils.files import replacing, temporary_of
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # that nothing else needs
 OPSETS = range(18, 24)  # those that torch's exporter writes by itself: older ones it would have to convert to
