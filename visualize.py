@@ -1,143 +1,136 @@
-"""Pictures of data sets and of trained models; each command writes the file that it names.
+"""Draws data sets and trained models; each command writes the file that it names.
 
 python visualize.py samples --dataset folder --data_root my_data        # images that show every class
 python visualize.py stats   --dataset folder --data_root my_data        # is the training set balanced?
 python visualize.py check   --dataset folder --data_root my_data        # the data set doctor
 python visualize.py compare --ckpt runs/A/best.pth runs/B/best.pth      # RGB | ground truth | A | B
 python visualize.py curves  runs/A runs/B                               # mIoU, loss and learning rate
-python visualize.py predict --ckpt runs/A/best.pth --input photos       # masks and overlays of any pictures
-python visualize.py sam     --ckpt runs/A/best.pth                      # Segment Anything's masks and A's classes
-python visualize.py report  runs/A runs/B                               # all of it in one HTML file
+python visualize.py predict --ckpt runs/A/best.pth --input photos       # masks and overlays of your own images
+python visualize.py sam     --ckpt runs/A/best.pth                      # Segment Anything's masks refine A's classes
+python visualize.py report  runs/A runs/B                               # everything in one HTML file
 """
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 from datasets import DATASETS, build_dataset
 from datasets.files import VOID
-from datasets.prepare.check import check_dataset, format_findings
 from datasets.stats import choose_samples, class_statistics, format_statistics, statistics_table
 from datasets.voc import SegmentationDataset
-from utils.checkpoint import require_classes
-from utils.cli import Parser, any_path, exit_codes, number
+from utils.cli import Parser, any_path, friendly_errors, number
 from utils.engine import choose_amp, choose_device, predict
 from utils.errors import InputError
+from utils.files import write_csv
 from utils.metrics import image_iou
-from utils.pictures import sam as sam_report
 from utils.pictures.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
-from utils.pictures.predict import TILE, list_pictures, load_model, predict_files
-from utils.pictures.report import write_report
-from utils.run import Run, write_csv
+from utils.pictures.predict import TILE, list_images, predict_files
+from utils.run import Run
+from utils.weights.load import load_model, require_classes
 
-NUM_SAMPLES = 20  # of `samples`; `compare` shows the first of them
+NUM_SAMPLES = 20  # images of `samples`; `compare` shows the first of them
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """The commands and their flags."""
-    parser = Parser(prog="visualize.py", description="Pictures of data sets and of trained models.")
+def get_parser() -> ArgumentParser:
+    """Defines the commands and their flags."""
+    parser = Parser(prog="visualize.py", description="Draws data sets and trained models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(function: Callable, name: str, text: str) -> argparse.ArgumentParser:
+    def add(function: Callable, name: str, text: str) -> ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=function)
         return command
 
     command = add(samples, "samples", "images that together show every class, above their annotations")
     add_data(command, num=0, out="results/samples.png")
-
-    command = add(stats, "stats", "pixels and images per class, and the class weights that follow")
+    command = add(stats, "stats", "pixels and images per class, and the resulting class weights")
     add_data(command, out="results/stats.png")
-
-    command = add(check, "check", "opens every pair and names what is wrong; exit code 2 if training would fail")
+    command = add(check, "check", "all problems in images and masks; exit code 2 if training would fail")
     add_data(command, split=None)
-
-    command = add(compare, "compare", "RGB | ground truth | a column per model, with each image's mIoU")
+    command = add(compare, "compare", "RGB | ground truth | a column per model, with the mIoU of each image")
     add_data(command, num=5, out="results/compare.png")
     add_models(command, nargs="+")
-    command.add_argument("--errors", action="store_true", help="a second column per model: wrong pixels in red")
-
-    command = add(curves, "curves", "mIoU, loss and learning rate of runs, while they train too")
+    command.add_argument("--errors", action="store_true", help="add a column per model with wrong pixels in red")
+    command = add(curves, "curves", "mIoU, loss and learning rate of runs, also during training")
     add_runs(command, out="results/curves.png")
 
-    command = add(predict_any, "predict", "id masks, overlays and class shares of any pictures")
+    command = add(predict_own, "predict", "class id masks, overlays and class shares of your own images")
     add_models(command)
-    command.add_argument(
-        "--input", type=any_path, required=True, metavar="PATH", help="a picture, or a folder of them"
-    )
-    command.add_argument(
-        "--out", type=any_path, default="results/predict", metavar="DIR", help="where masks/ and overlays/ go"
-    )
-    command.add_argument(
-        "--tile", type=int, default=TILE, metavar="N", help="larger pictures go in tiles of this side"
-    )
-    command.add_argument("--overlap", type=int, metavar="N", help="of two tiles (default: an eighth of --tile)")
+    add_flag = command.add_argument
+    add_flag("--input", type=any_path, required=True, metavar="PATH", help="an image, or a folder of images")
+    add_flag("--out", type=any_path, default="results/predict", metavar="DIR", help="folder for masks/ and overlays/")
+    add_flag("--tile", type=int, default=TILE, metavar="N", help="pixels; larger images are predicted in tiles")
+    add_flag("--overlap", type=int, metavar="N", help="pixels that two tiles share (default: an eighth of --tile)")
 
-    command = add(sam, "sam", "Segment Anything's masks, and a prediction that takes its outlines from them")
+    command = add(sam, "sam", "Segment Anything's masks, and the prediction with its outlines refined by them")
     add_data(command, num=5, out="results/sam.png")
     add_models(command, required=False)
-    command.add_argument(
-        "--input", type=any_path, metavar="PATH", help="a picture, or a folder of them, instead of a data set"
-    )
-    sam_report.add_flags(command)
-
-    command = add(report, "report", "one HTML file of runs: options, scores, curves and pictures")
+    add_sam(command)
+    command = add(report, "report", "one HTML file on runs: options, scores, curves and pictures")
     add_runs(command, out="results/report.html")
-    command.add_argument("--num", type=number(int, 1), default=5, metavar="N", help="images to compare")
-    command.add_argument(
-        "--data_root", type=any_path, metavar="DIR", help="where the data are, if no longer where they were"
-    )
-    command.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto: cuda where there is one, otherwise cpu"
-    )
+    add_flag = command.add_argument
+    add_flag("--num", type=number(int, 1), default=5, metavar="N", help="images to compare")
+    add_flag("--data_root", type=any_path, metavar="DIR", help="the data, if they have moved since training")
+    add_flag("--device", default="auto", metavar="NAME", help="auto: cuda if available, otherwise cpu")
     return parser
 
 
-def add_data(
-    parser: argparse.ArgumentParser, *, split: str | None = "train", num: int | None = None, out: str = ""
-) -> None:
-    """The flags that say which data; with `num` those that choose images, with `out` the file to write."""
-    parser.add_argument("--dataset", choices=DATASETS, default="voc", help="shapes is generated at its first use")
-    parser.add_argument("--data_root", type=any_path, default="datasets/data", metavar="DIR", help="as for main.py")
-    parser.add_argument("--year", choices=["2012", "2012_aug"], default="2012", help="of voc")
-    every = {} if split else {"nargs": "+"}
-    parser.add_argument("--split", default=split, metavar="LIST", help="in ImageSets/Segmentation", **every)
+def add_data(parser: ArgumentParser, *, split: str | None = "train", num: int | None = None, out: str = "") -> None:
+    """Adds the flags that choose a data set; with `num` also images, with `out` also the file to write."""
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, default="voc", help="shapes is generated at its first use")
+    add("--data_root", type=any_path, default="datasets/data", metavar="DIR", help="the same as for main.py")
+    add("--year", choices=["2012", "2012_aug"], default="2012", help="VOC only")
+    add("--split", default=split, nargs=None if split else "+", metavar="LIST", help="list in ImageSets/Segmentation")
     if num is not None:
-        parser.add_argument(
-            "--random_seed", type=number(int, 0), default=1, metavar="N", help="of the choice of images"
-        )
+        add("--random_seed", type=number(int, 0), default=1, metavar="N", help="seed for choosing images")
         text = "images" if num else f"images (default: {NUM_SAMPLES}, or all of a smaller split)"
-        parser.add_argument("--num", type=number(int, 1), default=num or None, metavar="N", help=text)
-        parser.add_argument("--ids", nargs="+", metavar="ID", help="these images instead")
+        add("--num", type=number(int, 1), default=num or None, metavar="N", help=text)
+        add("--ids", nargs="+", metavar="ID", help="these images instead")
     if out:
-        parser.add_argument("--out", type=any_path, default=out, metavar="FILE", help="the picture to write")
+        add("--out", type=any_path, default=out, metavar="FILE", help="the PNG file to write")
 
 
-def add_models(parser: argparse.ArgumentParser, *, nargs: str | None = None, required: bool = True) -> None:
-    parser.add_argument(
-        "--ckpt", type=any_path, required=required, nargs=nargs, metavar="FILE", help="written by main.py"
-    )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto: cuda where there is one, otherwise cpu"
-    )
-    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
+def add_models(parser: ArgumentParser, *, nargs: str | None = None, required: bool = True) -> None:
+    add, text = parser.add_argument, "checkpoint written by main.py"
+    add("--ckpt", type=any_path, required=required, nargs=nargs, metavar="FILE", help=text)
+    add("--device", default="auto", metavar="NAME", help="auto: cuda if available, otherwise cpu")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
 
 
-def add_runs(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, as main.py leaves them")
+def add_runs(parser: ArgumentParser, out: str) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders written by main.py")
     parser.add_argument("--out", type=any_path, default=out, metavar="FILE", help="the file to write")
 
 
-def open_data(opts: argparse.Namespace, lists: Path | None = None) -> SegmentationDataset:
+def add_sam(parser: ArgumentParser) -> None:
+    add, share, count = parser.add_argument, number(float, 0, 1), number(int, 1)
+    add("--input", type=any_path, metavar="PATH", help="an image, or a folder of images, instead of a data set")
+    add("--sam", default="facebook/sam-vit-base", metavar="NAME", help="a name on the hub, or a local folder")
+    add("--true_masks", action="store_true", help="use ground-truth regions as masks: the best possible outlines")
+    add("--eval", type=count_or_all, metavar="N|all", help="score this many images as CSV instead of drawing them")
+    add("--points_per_side", type=count, default=32, metavar="N", help="the grid of prompts has N x N points")
+    add("--points_per_batch", type=count, default=64, metavar="N", help="fewer if a GPU runs out of memory")
+    add("--max_masks", type=count, default=256, metavar="N", help="only the best masks of each image")
+    add("--min_score", type=share, default=0.88, metavar="X", help="lowest IoU that SAM predicts for a mask; 0: any")
+    add("--min_stability", type=share, default=0.95, metavar="X", help="lowest stability of an outline; 0: any")
+    add("--min_area", type=number(int, 0), default=64, metavar="N", help="pixels; smaller masks refine nothing")
+    add("--min_confidence", type=share, default=0.5, metavar="X", help="lowest mean class probability to refine")
+
+
+def count_or_all(text: str) -> int | str:
+    return text if text == "all" else number(int, 1)(text)
+
+
+def open_data(opts: Namespace, lists: Path | None = None) -> SegmentationDataset:
     return build_dataset(opts.dataset, opts.data_root, opts.split, year=opts.year, lists=lists)
 
 
-def choose(opts: argparse.Namespace, dataset: SegmentationDataset, *, must_cover: bool) -> list[int]:
-    """The images that `--ids` names, or `--num` of those that together show every class."""
+def choose(opts: Namespace, dataset: SegmentationDataset, *, must_cover: bool) -> list[int]:
+    """Returns the images that `--ids` names, or `--num` images that together show every class."""
     if opts.ids:
-        unknown = [name for name in opts.ids if name not in dataset.ids]
-        if unknown:
-            raise InputError(f"--ids {unknown[0]}: is not in the split {opts.split}")
+        if unknown := [name for name in opts.ids if name not in dataset.ids]:
+            raise InputError(f"--ids {unknown[0]}: is not in the split {opts.split}; give ids from its list")
         return [dataset.ids.index(name) for name in opts.ids]
     statistics = class_statistics(dataset)
     if must_cover:
@@ -145,21 +138,21 @@ def choose(opts: argparse.Namespace, dataset: SegmentationDataset, *, must_cover
     return choose_samples(statistics, max(opts.num, NUM_SAMPLES), opts.random_seed, must_cover=False)[: opts.num]
 
 
-def samples(opts: argparse.Namespace) -> None:
-    """Images that together show every class, above their annotations."""
+def samples(opts: Namespace) -> None:
+    """Draws images that together show every class, above their annotations."""
     dataset = open_data(opts)
     indices = choose(opts, dataset, must_cover=True)
     for index in indices:
         shown = [dataset.class_names[c] for c in dataset.mask(index).unique().tolist() if c < dataset.num_classes]
         print(f"{dataset.ids[index]}: {', '.join(shown)}")
     if dataset.missing_images:
-        print(f"{len(dataset.missing_images)} of {len(dataset)} photographs are missing: annotations alone are drawn")
+        print(f"{len(dataset.missing_images)} of {len(dataset)} images are missing; only their annotations are drawn")
     draw_samples(dataset, indices, Path(opts.out))
     print(f"Written: {opts.out}")
 
 
-def stats(opts: argparse.Namespace) -> None:
-    """Pixels and images per class: printed, as CSV and as bars."""
+def stats(opts: Namespace) -> None:
+    """Counts pixels and images per class: printed, as CSV and as bars."""
     dataset = open_data(opts)
     statistics = class_statistics(dataset)
     print("\n".join(format_statistics(statistics)))
@@ -169,22 +162,21 @@ def stats(opts: argparse.Namespace) -> None:
     print(f"Written: {opts.out}, {table}")
 
 
-def check(opts: argparse.Namespace) -> None:
-    """The data set doctor. Raises InputError where training would fail."""
+def check(opts: Namespace) -> None:
+    """Runs the data set doctor. Raises InputError if training would fail."""
+    from datasets.prepare.check import check_dataset, format_findings
+
     findings, pairs = check_dataset(opts.dataset, opts.data_root, opts.split, year=opts.year)
     print("\n".join(format_findings(findings, pairs)))
-    fatal = [finding for finding in findings if finding.fatal]
-    if fatal:
-        raise InputError(
-            f"training would fail: {len(fatal)} findings, the first is {fatal[0].path}: {fatal[0].problem}"
-        )
+    if fatal := [finding for finding in findings if finding.fatal]:
+        first = f"{fatal[0].path}: {fatal[0].problem}"
+        raise InputError(f"training would fail: {len(fatal)} findings; fix them, starting with {first}")
 
 
-def compare(opts: argparse.Namespace) -> None:
-    """A grid of RGB, ground truth and each model, with the mIoU of each image."""
-    device = choose_device(opts.device)
+def compare(opts: Namespace) -> None:
+    """Draws RGB, ground truth and each model's prediction, with the mIoU of each image."""
+    device, paths = choose_device(opts.device), [Path(path) for path in opts.ckpt]
     amp = choose_amp(opts.amp, device)
-    paths = [Path(path) for path in opts.ckpt]
     dataset = open_data(opts, lists=paths[0].parent / "splits")
     dataset.require_images()
     models = [load_model(path, device) for path in paths]
@@ -197,7 +189,7 @@ def compare(opts: argparse.Namespace) -> None:
         row = [(hwc(image), ""), (dataset.decode_target(mask), "")]
         present |= set(mask.unique().tolist())
         for trained in models:
-            prediction = predict(trained.model, image[None].to(device), amp)[0].cpu()
+            prediction = predict(trained.model, image[None].to(device), amp)[0].cpu()  # [H, W]
             iou = image_iou(mask, prediction, dataset.num_classes)
             row.append((dataset.decode_target(prediction), f"mIoU {iou:.4f}"))
             present |= set(prediction.unique().tolist())
@@ -206,101 +198,88 @@ def compare(opts: argparse.Namespace) -> None:
                 row.append((error_map(image, mask, prediction), f"{wrong:.1%} wrong"))
         rows.append(row)
         print(f"{dataset.ids[index]}: {', '.join(text for _, text in row[2:])}")
-    names = [name_of(path) for path in paths]
-    names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
-    columns = [heading for name in names for heading in ([name, f"{name}: errors"] if opts.errors else [name])]
-    draw_grid(
-        rows,
-        headings=["RGB", "ground truth", *columns],
-        labels=[dataset.ids[index] for index in indices],
-        path=Path(opts.out),
-        legend=(dataset, sorted(present - {VOID})),
-    )
+    columns = [text for name in names_of(paths) for text in ([name, f"{name}: errors"] if opts.errors else [name])]
+    headings, labels = ["RGB", "ground truth", *columns], [dataset.ids[index] for index in indices]
+    legend = dataset, sorted(present - {VOID})
+    draw_grid(rows, headings=headings, labels=labels, path=Path(opts.out), legend=legend)
     print(f"Written: {opts.out}")
 
 
-def name_of(ckpt: Path) -> str:
-    """The run's name, with the file's where that is not the best model."""
-    run = ckpt.resolve().parent.name
-    return run if ckpt.name == "best.pth" else f"{run}/{ckpt.stem}"
+def names_of(ckpts: list[Path]) -> list[str]:
+    """Names checkpoints after their run, with the file unless it is best.pth; by their path if two are the same."""
+    runs = [ckpt.resolve().parent.name for ckpt in ckpts]
+    names = [run if c.name == "best.pth" else f"{run}/{c.stem}" for run, c in zip(runs, ckpts, strict=True)]
+    return [name if names.count(name) == 1 else str(ckpt) for name, ckpt in zip(names, ckpts, strict=True)]
 
 
-def curves(opts: argparse.Namespace) -> None:
-    """mIoU, loss and learning rate of runs."""
+def curves(opts: Namespace) -> None:
+    """Draws mIoU, loss and learning rate of runs."""
     histories = {}
     for folder in opts.runs:
         rows = Run(Path(folder)).history()
         if not rows:
-            raise InputError(
-                f"{folder}/history.csv: missing or without a row; name a run that has been validated once"
-            )
+            raise InputError(f"{folder}/history.csv: missing or empty; choose a run with at least one validation")
         name = Path(folder).resolve().name
         histories[name if name not in histories else folder] = rows
     draw_curves(histories, Path(opts.out))
     print(f"Written: {opts.out}")
 
 
-def predict_any(opts: argparse.Namespace) -> None:
-    """Id masks, overlays and class shares of any pictures."""
+def predict_own(opts: Namespace) -> None:
+    """Writes class id masks, overlays and class shares of images outside any data set."""
     device = choose_device(opts.device)
-    amp, paths = choose_amp(opts.amp, device), list_pictures(opts.input)
-    trained = load_model(opts.ckpt, device)
+    amp, paths = choose_amp(opts.amp, device), list_images(opts.input)
+    model, names, palette, _ = load_model(opts.ckpt, device)
     unreadable = predict_files(
-        trained.model,
-        paths,
-        opts.out,
-        class_names=trained.class_names,
-        palette=trained.palette,
-        amp=amp,
-        tile=opts.tile,
-        overlap=opts.overlap,
+        model, paths, opts.out, class_names=names, palette=palette, amp=amp, tile=opts.tile, overlap=opts.overlap
     )
     if unreadable:
         print(f"{len(unreadable)} of {len(paths)} could not be read:", *unreadable, sep="\n  ")
-    print(
-        f"Written: {opts.out}/masks, {opts.out}/overlays and {opts.out}/shares.csv of {len(paths) - len(unreadable)}"
-    )
+    done = f"{len(paths) - len(unreadable)} images"
+    print(f"Written: {opts.out}/masks, {opts.out}/overlays and {opts.out}/shares.csv for {done}")
 
 
-def sam(opts: argparse.Namespace) -> None:
-    """Segment Anything's masks and the prediction refined by them, drawn or, with `--eval`, scored."""
-    sam_report.require_fitting(opts)
-    device = choose_device(opts.device)
+def sam(opts: Namespace) -> None:
+    """Draws Segment Anything's masks and the prediction that they refine, or scores both with `--eval`."""
+    from network.sam import load_sam
+    from utils.pictures import sam as pictures
+
+    pictures.check_flags(opts)
+    device, out = choose_device(opts.device), Path(opts.out)
     amp = choose_amp(opts.amp, device)
     if opts.input:
-        dataset, items = None, sam_report.picture_items(list_pictures(opts.input)[: opts.num])
+        dataset, items = None, pictures.file_items(list_images(opts.input)[: opts.num])
     else:
         dataset = open_data(opts, lists=Path(opts.ckpt).parent / "splits" if opts.ckpt else None)
-        any_of = sam_report.choose_any(dataset, opts.eval, opts.random_seed) if opts.eval else None
-        indices = any_of or choose(opts, dataset, must_cover=False)
-        items = sam_report.dataset_items(dataset, indices, native=bool(opts.eval))
+        indices = pictures.choose_any(opts, dataset) if opts.eval else choose(opts, dataset, must_cover=False)
+        items = pictures.dataset_items(dataset, indices, native=bool(opts.eval))
     trained = load_model(opts.ckpt, device) if opts.ckpt else None
     if trained and dataset:
         require_classes(trained.class_names, dataset.class_names, opts.ckpt)
-    generate = sam_report.mask_generator(opts, device, amp)
-    unreadable, out = [], Path(opts.out)
-    rule = {"min_area": opts.min_area, "min_confidence": opts.min_confidence}
-    results = sam_report.results(items, generate, trained, amp=amp, unreadable=unreadable, **rule)
+    model, unreadable = None if opts.true_masks else load_sam(opts.sam, device), []
+    results = pictures.process(items, opts, sam=model, trained=trained, amp=amp, unreadable=unreadable)
     if opts.eval:
         out = out.with_suffix(".csv")
-        counts = sam_report.score(results, len(items), dataset.class_names, out)
+        counts = pictures.score(results, len(items), dataset.class_names, out)
     else:
         masks_name = "true masks" if opts.true_masks else "SAM"
-        counts = sam_report.draw(results, out, owner=dataset or trained, masks_name=masks_name)
+        counts = pictures.draw(results, out, owner=dataset or trained, masks_name=masks_name)
     if counts:
-        print(f"{sam_report.summary(counts, device)}\nWritten: {out}")
+        print(f"{pictures.summary(counts, device)}\nWritten: {out}")
     if unreadable:
-        raise InputError(f"{len(unreadable)} of {len(items)} pictures cannot be used: {'; '.join(unreadable)}")
+        raise InputError(f"{len(unreadable)} of {len(items)} images cannot be used: {'; '.join(unreadable)}")
 
 
-def report(opts: argparse.Namespace) -> None:
-    """One HTML file of runs."""
+def report(opts: Namespace) -> None:
+    """Writes one HTML file on runs."""
+    from utils.pictures.report import write_report
+
     runs, device = [Path(run) for run in opts.runs], choose_device(opts.device)
     write_report(runs, Path(opts.out), data_root=opts.data_root, device=device, num=opts.num)
     print(f"Written: {opts.out}")
 
 
-@exit_codes
+@friendly_errors
 def main(argv: list[str] | None = None) -> None:
     opts = get_parser().parse_args(argv)
     opts.run(opts)

@@ -1,4 +1,4 @@
-"""The one place that knows the data sets by name."""
+"""Opens data sets by name. No other module knows the names."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,18 +21,19 @@ def build_dataset(
     lists: Path | None = None,
     seed: int = 1,
 ) -> SegmentationDataset:
-    """A split of a data set.
+    """Opens one split of a data set.
 
-    `year` and `download` are for "voc"; `lists` and `seed` for a "folder" without split lists, see
-    `FolderSegmentation`. "shapes" is generated in `<root>/shapes` at its first use.
-    Raises InputError for a name that is none of `DATASETS` and for data that cannot be used.
+    `year` and `download` apply to "voc". `lists` and `seed` apply to a "folder" without split lists, see
+    `FolderSegmentation`. "shapes" is generated in `<root>/shapes` on first use.
+    Raises InputError for a name that is not in `DATASETS` and for data that cannot be used.
     """
     if name == "voc":
         return VOCSegmentation(root, year, split, transform, download)
     if name == "folder":
         return FolderSegmentation(root, split, transform, lists=lists, seed=seed)
     if name == "shapes":
-        from datasets import shapes  # here, for `python -m datasets.shapes` warns if it was imported before
+        # Imported late: `python -m datasets.shapes` warns if the package has imported it before.
+        from datasets import shapes
 
         return FolderSegmentation(shapes.generate(Path(root) / "shapes"), split, transform)
-    raise InputError(f"no data set is named {name!r}; there are {', '.join(DATASETS)}")
+    raise InputError(f"--dataset {name}: there is no such data set; choose one of {', '.join(DATASETS)}")

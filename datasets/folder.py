@@ -1,4 +1,4 @@
-"""A folder of one's own in VOC layout, with or without split lists."""
+"""Your own data: a folder in VOC layout, with or without split lists."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +14,9 @@ from utils.errors import InputError
 class FolderSegmentation(SegmentationDataset):
     """Any folder in VOC layout with a `class_names.txt`, as labelme2voc writes it.
 
-    Masks are in `SegmentationClass/*.png`, or in `SegmentationClassPNG/`. Without split lists the ids are
-    divided into `train` and `val`, 80 to 20, by the seed (`made_split` is then True), unless `lists` is a
-    folder that holds the lists of an earlier division. Colours are those of the masks' own palette.
+    Masks are in `SegmentationClass/*.png` or `SegmentationClassPNG/*.png`. Colours come from the masks' own palette.
+    Without split lists, the ids are divided at random, by `seed`, into 80% `train` and 20% `val`, and `made_split`
+    is True. If `lists` is an existing folder, the lists of an earlier division are read from there instead.
     """
 
     def __init__(
@@ -47,35 +47,35 @@ class FolderSegmentation(SegmentationDataset):
             ids,
             mask_folder=masks,
             class_names=class_names,
-            palette=_own_palette(masks / f"{ids[0]}.png", len(class_names)),
+            palette=_palette_of(masks / f"{ids[0]}.png", len(class_names)),
             transform=transform,
         )
 
 
 def _divide(masks: Path, image_set: str, seed: int) -> list[str]:
     if image_set not in ("train", "val"):
-        raise InputError(f"split {image_set!r}: without ImageSets/Segmentation/*.txt there are train and val only")
+        raise InputError(f"split {image_set!r}: without ImageSets/Segmentation/*.txt there are only train and val")
     ids = sorted(path.stem for path in masks.glob("*.png"))
     if len(ids) < 2:
-        raise InputError(f"{masks}: {len(ids)} masks; it takes 2 at least to divide them into train and val")
+        raise InputError(f"{masks}: has {len(ids)} masks; at least 2 are needed for train and val")
     order = np.random.default_rng(seed).permutation(len(ids))
     num_val = max(1, round(0.2 * len(ids)))
     chosen = order[:num_val] if image_set == "val" else order[num_val:]
     return [ids[i] for i in sorted(chosen)]
 
 
-def _own_palette(mask: Path, num_classes: int) -> np.ndarray:
-    """The palette of a mask file where it tells the classes apart by colour, otherwise VOC's."""
+def _palette_of(mask: Path, num_classes: int) -> np.ndarray:
+    """Returns the palette of a mask file if its colours tell the classes apart, otherwise VOC's."""
     palette = voc_colormap()
     try:
-        with Image.open(mask) as picture:
-            own = picture.getpalette("RGB") if picture.mode == "P" else None
+        with Image.open(mask) as image:
+            own = image.getpalette("RGB") if image.mode == "P" else None
     except UNREADABLE:
-        return palette  # reading this mask as a mask names the fault
+        return palette  # the problem is reported when the mask itself is read
     if not own:
         return palette
     own = np.array(own, np.uint8).reshape(-1, 3)
-    grey_ramp = (own == np.arange(len(own))[:, None]).all()  # what a grey PNG becomes in mode P
+    grey_ramp = (own == np.arange(len(own))[:, None]).all()  # the palette that a grey PNG gets in mode P
     if grey_ramp or len(np.unique(own[:num_classes], axis=0)) < num_classes:
         return palette
     palette[:num_classes] = own[:num_classes]

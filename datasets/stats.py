@@ -1,21 +1,25 @@
-"""Which classes a split shows, how often and where: counted from the annotations, photographs are not needed."""
+"""Counts which classes a split shows, how often and where, and derives class weights. Reads only the masks."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from datasets.files import VOID, read_mask
 from datasets.voc import SegmentationDataset
 from utils.errors import InputError
-from utils.loss import CLASS_WEIGHTS, class_weights
 
-VISIBLE = 0.01  # of a picture's pixels: less is a speck that one does not find in a grid of pictures
+CLASS_WEIGHTS = ("inverse", "median_frequency", "effective_number")
+BETA = 0.999  # (N - 1) / N for N = 1,000 distinct images; one of the values compared by Cui et al. 2019, section 5
+log = logging.getLogger("deeplab")
+VISIBLE = 0.01  # of an image's pixels; a smaller speck goes unnoticed in a grid of images
 
 
 @dataclass
 class ClassStatistics:
-    """Pixel counts of a split of N images and C classes. `[C]` is in the order of `class_names`."""
+    """Pixel counts of a split with N images and C classes. `[C]` is in the order of `class_names`."""
 
     class_names: list[str]
     ids: list[str]
@@ -39,7 +43,7 @@ class ClassStatistics:
 
     @property
     def shares(self) -> np.ndarray:
-        """Each class's share of the labelled pixels, float `[C]`, sum 1; zeros where nothing is labelled."""
+        """Each class's share of the labelled pixels, float `[C]`, sum 1; zeros if nothing is labelled."""
         return self.pixels / max(1, self.counts.sum())
 
     @property
@@ -49,7 +53,7 @@ class ClassStatistics:
 
     @property
     def imbalance(self) -> float:
-        """Pixels of the most frequent class over those of the rarest that is there; NaN where none is."""
+        """Pixels of the most frequent class over pixels of the rarest class present; NaN if there is none."""
         present = self.pixels[self.pixels > 0]
         return float(present.max() / present.min()) if present.size else float("nan")
 
@@ -57,7 +61,7 @@ class ClassStatistics:
 def class_statistics(dataset: SegmentationDataset) -> ClassStatistics:
     """Reads every mask of a split once. Raises InputError for a mask that cannot be used."""
     counts = np.zeros((len(dataset), VOID + 1), np.int64)
-    # In one thread: 1,464 masks take under 2 s, and no less with two.
+    # One thread reads 1,464 masks in under 2 s; two are no faster.
     for index, path in enumerate(tqdm(dataset.masks, desc="counting pixels", unit="mask", disable=None)):
         mask = read_mask(path, dataset.num_classes).numpy()
         counts[index] = np.bincount(mask.ravel(), minlength=VOID + 1)
@@ -66,16 +70,65 @@ def class_statistics(dataset: SegmentationDataset) -> ClassStatistics:
     )
 
 
-def choose_samples(statistics: ClassStatistics, num: int, seed: int, *, must_cover: bool = True) -> list[int]:
-    """Indices of `num` images that together show every class that the split has, for a grid of pictures.
+def class_weights(
+    method: str, pixels: np.ndarray, image_pixels: np.ndarray | None = None, *, images: np.ndarray | None = None
+) -> torch.Tensor:
+    """Returns the weights of `--class_weights`, float32 `[C]`, from counts over the training set, integers `[C]`.
 
-    Each step turns to the classes that were shown least so far and takes, of the images with the rarest of
-    them, the one with most of them; `seed` decides ties. So the first images form a small set that covers
-    every class (greedy: small, not proven smallest), and the further ones spread over the classes.
-    An image counts for a class that fills 1% of it, void included, or for a class that fills so much nowhere,
-    where it fills most; only if `num` images of that kind do not suffice, for each class with a pixel in it.
-    Raises InputError if `num` exceeds the images, or is too small for this choice to cover the classes; without
-    `must_cover` the choice is cut short instead.
+    pixels: labelled pixels of each class. image_pixels: all labelled pixels of the images that show the class.
+    images: number of those images. The mean weight of a labelled pixel is scaled to 1, so that a learning rate keeps
+    its meaning. A class without pixels has weight 0, because it is never a target.
+    "inverse": 1 / pixels. The strongest: every class counts the same, however few its pixels.
+    "median_frequency": 1 / f with f = pixels / image_pixels (Eigen and Fergus 2015, arXiv 1411.4734, section 6.3.2;
+    the scale replaces their factor, the median of f). Independent of how many images show a class.
+    "effective_number": 1 / (1 - beta^images) (Cui et al. 2019, arXiv 1901.05555, equation 2 and section 4; the scale
+    replaces 1 - beta). Their n counts samples that overlap only by chance, so images, not neighbouring pixels: with
+    pixels, beta 0.9999 saturates for every class, and (N - 1) / N for N pixels in total is nearly "inverse". Two
+    weights differ by a factor of at most 1 / (1 - beta). Classes shown by thousands of images, or by all images, have
+    equal weights.
+    Raises InputError for an unknown method, ValueError if the counts that the method needs are missing.
+    """
+    if method not in CLASS_WEIGHTS:
+        raise InputError(
+            f"--class_weights {method}: there is no such method; choose one of {', '.join(CLASS_WEIGHTS)}"
+        )
+    weights, present = np.zeros(len(pixels)), pixels > 0
+    if method == "inverse":
+        weights[present] = 1 / pixels[present]
+    elif method == "median_frequency":
+        if image_pixels is None:
+            raise ValueError("median_frequency needs image_pixels")
+        weights[present] = image_pixels[present] / pixels[present]
+    else:
+        if images is None:
+            raise ValueError("effective_number needs images")
+        weights[present] = 1 / -np.expm1(images[present] * np.log(BETA))
+    if present.any():
+        weights *= pixels.sum() / (weights * pixels).sum()
+    return torch.from_numpy(weights).float()
+
+
+def count_class_weights(dataset: SegmentationDataset, method: str, device: torch.device) -> torch.Tensor | None:
+    """Counts the pixels of a training set for `--class_weights`; returns float32 `[C]`, or None for "none"."""
+    if method == "none":
+        return None
+    counted = class_statistics(dataset)
+    weights = class_weights(method, counted.pixels, counted.image_pixels, images=counted.images)
+    pairs = zip(dataset.class_names, weights.tolist(), strict=True)
+    log.info(f"Class weights ({method}): {', '.join(f'{name} {weight:.4g}' for name, weight in pairs)}")
+    return weights.to(device)
+
+
+def choose_samples(statistics: ClassStatistics, num: int, seed: int, *, must_cover: bool = True) -> list[int]:
+    """Chooses `num` images that together show every class of the split, and returns their indices.
+
+    Each step looks at the classes shown least so far, and among the images of the rarest of them takes the one with
+    the most of these classes; `seed` breaks ties. So the first images are a small set that covers every class
+    (greedy: not proven smallest), and further images spread over the classes.
+    An image counts for a class that fills 1% of it, void included. A class that never fills 1% counts where it fills
+    most. Only if `num` such images cannot cover the classes does a single pixel count.
+    Raises InputError if the split has fewer than `num` images, or if this choice needs more than `num` to cover the
+    classes. Without `must_cover` it returns fewer images or covers fewer classes instead.
     """
     _, distinct = np.unique(statistics.ids, return_index=True)  # an id may be listed twice
     if not must_cover:
@@ -87,18 +140,18 @@ def choose_samples(statistics: ClassStatistics, num: int, seed: int, *, must_cov
     areas = counts / np.maximum(counts.sum(axis=1) + statistics.void[order], 1)[:, None]  # [N, C]
     any_pixel = counts > 0
     visible = any_pixel & (areas >= np.minimum(VISIBLE, areas.max(axis=0)))
-    chosen = _spread(visible, num)
+    chosen = _greedy_cover(visible, num)
     if len(chosen) > num:
-        chosen = min(chosen, _spread(any_pixel, num), key=len)
+        chosen = min(chosen, _greedy_cover(any_pixel, num), key=len)
     if len(chosen) > num and must_cover:
         total = np.count_nonzero(statistics.pixels)
         raise InputError(f"--num {num}: too few images to show all {total} classes; give {len(chosen)} or more")
     return order[chosen[:num]].tolist()
 
 
-def _spread(shows: np.ndarray, num: int) -> list[int]:
-    """Rows of bool `[N, C]`: `num` of them, or as many more as it takes to show every class that can be shown."""
-    shown = np.where(shows.any(axis=0), 0, num + 1)  # how often each class was so far; at once enough if never
+def _greedy_cover(shows: np.ndarray, num: int) -> list[int]:
+    """Chooses `num` rows of bool `[N, C]`, or more if that many do not show every class that any row shows."""
+    shown = np.where(shows.any(axis=0), 0, num + 1)  # how often so far; a class in no row counts as shown enough
     left, chosen = shows.copy(), []
     rest = np.ones(len(shows), bool)
     while len(chosen) < num or not shown.all():
@@ -107,7 +160,7 @@ def _spread(shows: np.ndarray, num: int) -> list[int]:
             least = can_gain & (shown == shown[can_gain].min())
             rarest = np.flatnonzero(least)[left[:, least].sum(axis=0).argmin()]
             best = ((left & least).sum(axis=1) * left[:, rarest]).argmax()
-        else:  # no image that is left shows anything
+        else:  # no remaining image shows anything
             best = rest.argmax()
         shown += shows[best]
         left[best] = rest[best] = False
@@ -116,7 +169,7 @@ def _spread(shows: np.ndarray, num: int) -> list[int]:
 
 
 def statistics_table(statistics: ClassStatistics) -> tuple[list[str], list[list]]:
-    """Header and a row per class, for CSV: shares in 0..1, weights as in `utils.loss.class_weights`."""
+    """Returns a header and one row per class, for CSV. Shares are in 0..1, weights as in `class_weights`."""
     header = ["class", "pixels", "pixel_share", "images", "image_share", *(f"weight_{m}" for m in CLASS_WEIGHTS)]
     pixels, image_pixels, images = statistics.pixels, statistics.image_pixels, statistics.images
     weights = [class_weights(m, pixels, image_pixels, images=images).tolist() for m in CLASS_WEIGHTS]
@@ -126,7 +179,7 @@ def statistics_table(statistics: ClassStatistics) -> tuple[list[str], list[list]
 
 
 def format_statistics(statistics: ClassStatistics) -> list[str]:
-    """The table, a line per class, then the totals."""
+    """Formats the table, one line per class, followed by the totals."""
     _, rows = statistics_table(statistics)
     cells = [["class", "pixels", "share", "images", "share", *CLASS_WEIGHTS]]
     for name, pixels, share, images, image_share, *weights in rows:

@@ -2,8 +2,8 @@
 
     JPEGImages/<id>.jpg   SegmentationClass/<id>.png   ImageSets/Segmentation/<split>.txt
 
-A mask is a palette PNG whose pixel values are class ids; 255 is void: it is neither trained on nor scored.
-The data set owns its class names, their count, its colours and its image ids; nobody else writes them down.
+A mask is a palette PNG whose pixel values are class ids. 255 is void: neither trained on nor scored.
+The data set owns its class names, their number, its colours and its image ids. No other module repeats them.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,6 @@ from datasets.files import (
     read_size,
     require_one_size,
 )
-from datasets.prepare.download import download_voc
 from utils.errors import InputError, SampleError
 
 VOC_CLASSES = (
@@ -34,7 +33,7 @@ VOC_CLASSES = (
 
 
 def voc_colormap() -> np.ndarray:
-    """The colours of VOC's annotations, `[256, 3]` uint8 RGB; row 255 is the cream of its void borders.
+    """Returns the colours of VOC's annotations, `[256, 3]` uint8 RGB. Row 255 is the cream of the void borders.
 
     Bit k of the three channels comes from the bits 3k, 3k+1 and 3k+2 of the id, most significant first
     (VOC 2012 development kit, `VOClabelcolormap`).
@@ -48,7 +47,7 @@ def voc_colormap() -> np.ndarray:
 
 
 def decode_target(target: np.ndarray | torch.Tensor | int, palette: np.ndarray) -> np.ndarray:
-    """Colours of class ids: integers of any shape `[...]` in 0..255 to uint8 RGB `[..., 3]`, a new array.
+    """Returns the colours of class ids: integers in 0..255 of any shape `[...]` to a new uint8 RGB array `[..., 3]`.
 
     Raises TypeError for ids that are not integers, ValueError for ids outside 0..255.
     """
@@ -61,18 +60,18 @@ def decode_target(target: np.ndarray | torch.Tensor | int, palette: np.ndarray) 
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
-    """Pictures and masks of one split of a folder in VOC layout.
+    """The images and masks of one split of a folder in VOC layout.
 
-    `self[i]` and `self[epoch, i]` are (image, mask) = (`tv_tensors.Image` uint8 RGB `[3, H, W]`,
-    `tv_tensors.Mask` uint8 class ids `[H, W]`, void 255) through
-    `transform(image, mask, epoch=epoch, index=i)`; the epoch (0 if not given) moves the augmentation on.
+    `dataset[i]` and `dataset[epoch, i]` give `transform(image, mask, epoch=epoch, index=i)`, where `image` is a
+    `tv_tensors.Image` uint8 RGB `[3, H, W]` and `mask` a `tv_tensors.Mask` uint8 class ids `[H, W]`, void 255.
+    The epoch, 0 by default, varies the augmentation.
 
-    Attributes: `class_names`, `num_classes`, `palette` (`[256, 3]` uint8 RGB), `ids`, `images` and `masks`
-    (paths by index), `missing_images` (paths; `require_images` refuses when there are any).
+    Attributes: `class_names`, `num_classes`, `palette` (`[256, 3]` uint8 RGB), `ids`, `images` and `masks` (paths by
+    index), `missing_images` (paths; `require_images` raises if there are any).
     Raises InputError for a missing folder or mask.
     """
 
-    made_split = False  # whether the split was made here, for want of a list
+    made_split = False  # whether the split was made here, because the data set has no lists
 
     def __init__(
         self,
@@ -101,13 +100,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         self.require_images()
-        image, mask = self._pair(index)
+        image, mask = self._read(index)
         image, mask = tv_tensors.Image(image), tv_tensors.Mask(mask)
         if self.transform is not None:
             image, mask = self.transform(image, mask, epoch=epoch, index=index)
         return image, mask
 
-    def _pair(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             image, mask = self.image(index), self.mask(index)
             require_one_size(image, mask, self.masks[index])
@@ -116,34 +115,33 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return image, mask
 
     def bad_samples(self) -> dict[int, str]:
-        """The indices of the samples that cannot be used, and why: each file is read once."""
+        """Reads every file once and returns the index of each unusable sample with the reason."""
 
         def problem(index: int) -> str | None:
             try:
-                self._pair(index)
+                self._read(index)
             except SampleError as error:
                 return str(error)
 
-        with ThreadPoolExecutor() as pool:  # Pillow reads outside Python's lock
+        with ThreadPoolExecutor() as pool:  # Pillow releases Python's lock while it reads
             problems = pool.map(problem, range(len(self)))
             bar = tqdm(problems, total=len(self), desc="checking", unit="pair", disable=None)
             return {index: text for index, text in enumerate(bar) if text}
 
     def leave_out(self, indices: Iterable[int]) -> None:
-        """Takes samples off the split. Raises InputError if that leaves none."""
+        """Removes samples from the split. Raises InputError if none is left."""
         kept = sorted(set(range(len(self))) - set(indices))
         if not kept:
-            raise InputError(f"{self.folder}: not one of the {len(self)} samples of this split can be used; mend it")
-        for name in ("ids", "images", "masks"):
-            values = getattr(self, name)
-            setattr(self, name, [values[index] for index in kept])
+            raise InputError(f"{self.folder}: none of the {len(self)} samples of this split can be used; fix them")
+        columns = (self.ids, self.images, self.masks)
+        self.ids, self.images, self.masks = ([column[index] for index in kept] for column in columns)
 
     def image(self, index: int) -> torch.Tensor:
-        """The picture as it is, uint8 RGB `[3, H, W]`."""
+        """Reads an image without the transform, uint8 RGB `[3, H, W]`."""
         return read_image(self.images[index])
 
     def mask(self, index: int) -> torch.Tensor:
-        """The annotation as it is, uint8 class ids `[H, W]`; it is there even where the photographs are missing."""
+        """Reads a mask without the transform, uint8 class ids `[H, W]`. It does not need the image."""
         return read_mask(self.masks[index], self.num_classes)
 
     def require_masks(self) -> None:
@@ -152,36 +150,33 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if missing:
             raise InputError(
                 f"{missing[0]}: the mask is missing ({len(missing)} of {len(self)} in this split); "
-                "add it, or take its id off the list"
+                "add it, or remove its id from the list"
             )
 
     def require_images(self) -> None:
-        """Raises InputError if pictures are missing: annotations alone serve statistics, not training."""
+        """Raises InputError if images are missing. Statistics need only the masks, training needs both."""
         if self.missing_images:
             raise InputError(
-                f"{self.missing_images[0]}: the picture is missing ({len(self.missing_images)} of {len(self)} "
-                "in this split); annotations alone serve statistics only, add the pictures"
+                f"{self.missing_images[0]}: the image is missing ({len(self.missing_images)} of {len(self)} "
+                "in this split); add the images, masks alone are enough only for statistics"
             )
 
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each mask, from its file's header."""
+        """Reads (height, width) of every mask from the file headers."""
         return [read_size(path) for path in self.masks]
 
     def decode_target(self, target: np.ndarray | torch.Tensor | int) -> np.ndarray:
-        """Class ids `[...]` to the data set's colours, uint8 RGB `[..., 3]`; see `decode_target` above."""
+        """Returns class ids `[...]` in the data set's colours, uint8 RGB `[..., 3]`; see `decode_target` above."""
         return decode_target(target, self.palette)
 
 
 class VOCSegmentation(SegmentationDataset):
-    """PASCAL VOC 2012 under `<root>/VOCdevkit/VOC2012`.
+    """PASCAL VOC 2012 in `<root>/VOCdevkit/VOC2012`.
 
-    year: "2012", or "2012_aug": its `train` is the list `train_aug.txt` (beside the other splits or in root)
-    with the masks in `SegmentationClassAug`; its other splits are those of 2012.
-    Raises InputError for what is missing, and for an augmented list that shares an id with `val`.
+    year: "2012" or "2012_aug". In 2012_aug, `train` is the list `train_aug.txt`, beside the other lists or in `root`,
+    with the masks in `SegmentationClassAug`. All other splits are those of 2012.
+    Raises InputError for missing files, and for an augmented list that shares an id with `val`.
     """
-
-    class_names = VOC_CLASSES
-    palette = voc_colormap()
 
     def __init__(
         self,
@@ -192,13 +187,16 @@ class VOCSegmentation(SegmentationDataset):
         download: bool = False,
     ) -> None:
         if year not in ("2012", "2012_aug"):
-            raise InputError(f"--year {year}: there are 2012 and 2012_aug")
+            raise InputError(f"--year {year}: there is no such year; choose 2012 or 2012_aug")
         if download:
+            from datasets.prepare.download import download_voc
+
             download_voc(root, year)
         folder = Path(root) / "VOCdevkit" / "VOC2012"
         if not folder.is_dir():
             raise InputError(
-                f"{folder}: there is no such folder; give --data_root what holds VOCdevkit, or main.py --download"
+                f"{folder}: there is no such folder; set --data_root to the folder that holds VOCdevkit, "
+                "or run main.py --download"
             )
         lists, masks = folder / "ImageSets" / "Segmentation", "SegmentationClass"
         if year == "2012_aug" and image_set in ("train", "train_aug"):
@@ -212,7 +210,7 @@ class VOCSegmentation(SegmentationDataset):
             ids,
             mask_folder=existing_folder(folder / masks),
             class_names=VOC_CLASSES,
-            palette=self.palette,
+            palette=voc_colormap(),
             transform=transform,
         )
 
@@ -220,7 +218,9 @@ class VOCSegmentation(SegmentationDataset):
         """Raises InputError if the training list at `path` shares an id with `val`."""
         shared = sorted(set(ids) & set(val_ids))
         if shared:
-            raise InputError(f"{path}: {shared[0]} is in val too ({len(shared)} such ids); take them off the list")
+            raise InputError(
+                f"{path}: {shared[0]} is also in val ({len(shared)} such ids); remove them from the list"
+            )
 
 
 def _find_image(folder: Path, id: str) -> Path:
@@ -229,9 +229,9 @@ def _find_image(folder: Path, id: str) -> Path:
 
 
 def augmented_list(root: Path, lists: Path) -> Path:
-    """Where the list of 2012_aug lies: beside the other lists or in root. Raises InputError if nowhere."""
+    """Finds the list of 2012_aug beside the other lists or in `root`. Raises InputError if it is in neither."""
     path = next((p for p in (lists / "train_aug.txt", root / "train_aug.txt") if p.is_file()), None)
     if path is None:
         file = lists / "train_aug.txt"
-        raise InputError(f"{file}: missing, and not in {root} either; python -m datasets.prepare.sbd makes it")
+        raise InputError(f"{file}: missing, also in {root}; create it with python -m datasets.prepare.sbd")
     return path

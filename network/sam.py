@@ -1,5 +1,6 @@
-"""Segment Anything (Kirillov et al. 2023, arXiv 2304.02643): masks without classes, and what they do for a prediction
-that has classes. `transformers` is imported here alone, and only when a model is loaded.
+"""Segment Anything (Kirillov et al. 2023, arXiv 2304.02643): class-free masks, and how they refine a prediction.
+
+transformers is optional: it is imported only here, and only when a model is loaded.
 """
 
 import logging
@@ -13,48 +14,49 @@ from torch import nn
 from torchvision.ops import nms
 from tqdm import tqdm
 
-from utils.engine import autocast
 from utils.errors import InputError
 
-MASK_PIXELS = 2**25  # of float32 masks at full size at a time: 128 MB, and a few times that in intermediate results
+MASK_PIXELS = 2**25  # pixels of float32 masks at full size at a time: 128 MB, a few times that with intermediates
 HUB_TIMEOUT = 10.0  # seconds
-BOX_IOU = 0.7  # of two masks' boxes, above which they are taken for one object (the paper's appendix B)
+BOX_IOU = 0.7  # masks whose boxes overlap more than this are duplicates (paper, appendix B)
 
 
 class Mask(NamedTuple):
-    """A region, kept as the packed bits of its bounding box: 1/32 of a float mask of the picture or less."""
+    """A region, stored as the packed bits of its bounding box: at most 1/32 of a float mask of the image."""
 
     window: tuple[slice, slice]  # rows and columns of the bounding box
-    bits: np.ndarray  # uint8, 8 pixels a byte
+    bits: np.ndarray  # uint8, 8 pixels per byte
     area: int  # pixels
-    score: float  # the mask's IoU with the true object as SAM predicts it, about 0..1
+    score: float  # SAM's estimate of the mask's IoU with the true object, about 0..1
 
     @classmethod
-    def of(cls, inside: np.ndarray, score: float = 1.0) -> "Mask":
-        """Of bool `[H, W]`. Raises ValueError for a mask without a pixel."""
+    def from_array(cls, inside: np.ndarray, score: float = 1.0) -> "Mask":
+        """Packs a bool array `[H, W]`. Raises ValueError for a mask without pixels."""
         rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
         if not len(rows):
-            raise ValueError("a mask without a pixel has no bounding box")
+            raise ValueError("a mask without pixels has no bounding box")
         window = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
         return cls(window, np.packbits(inside[window]), int(inside[window].sum()), score)
 
     def pixels(self) -> np.ndarray:
-        """bool, of the window's size."""
+        """Unpacks the mask to a bool array of the size of its window."""
         height, width = (side.stop - side.start for side in self.window)
         return np.unpackbits(self.bits, count=height * width).reshape(height, width).view(bool)
 
 
 class Sam(NamedTuple):
+    """A loaded Segment Anything model."""
+
     model: nn.Module  # transformers.SamModel in evaluation mode, on its device
     processor: object  # its transformers.SamImageProcessor
 
 
 def load_sam(name: str, device: torch.device) -> Sam:
-    """`--sam`: a local folder (model and processor as `save_pretrained` writes them), or a name on the hub.
+    """Loads `--sam`: a local folder (model and processor as `save_pretrained` writes them), or a name on the hub.
 
-    The hub is asked once, with a bound of `HUB_TIMEOUT` seconds; where it does not answer, its cache is used.
-    Raises InputError where transformers is missing, where nothing is to be had under the name, and for a folder
-    with another model or without all of its weights.
+    The hub is asked once, for at most `HUB_TIMEOUT` seconds; if it does not answer, its local cache is used.
+    Raises InputError if transformers is not installed, if nothing is found under the name, and for a folder that
+    holds another model or lacks some of its weights.
     """
     try:
         from huggingface_hub import HfApi
@@ -65,13 +67,13 @@ def load_sam(name: str, device: torch.device) -> Sam:
         raise InputError(f"--sam: transformers cannot be imported ({error}); pip install transformers") from None
     messages.set_verbosity_error()
     messages.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each attempt
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt
     local, no_hub = Path(name).is_dir(), None
     if not local:
+        # from_pretrained alone would try each file five times, for minutes.
         try:
             HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        except Exception as error:  # of whichever HTTP library it uses
-            # from_pretrained alone would try each of its files five times, for minutes.
+        except Exception as error:  # which types depends on the HTTP library behind it
             local, no_hub = True, (str(error).strip().splitlines() or [type(error).__name__])[0]
     try:
         processor = SamProcessor.from_pretrained(name, local_files_only=local).image_processor
@@ -79,13 +81,13 @@ def load_sam(name: str, device: torch.device) -> Sam:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         if no_hub:
             raise InputError(
-                f"--sam {name}: is no folder, and the hub does not give it ({no_hub}); give the folder of a copy"
+                f"--sam {name}: is not a local folder, and the hub did not provide it ({no_hub}); give a local folder"
             ) from None
         reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        raise InputError(f"--sam {name}: holds no SAM that can be loaded ({reason}); give another") from None
-    if loading["missing_keys"]:  # transformers would go on with random ones
-        lost = sorted(loading["missing_keys"])
-        raise InputError(f"--sam {name}: {len(lost)} weights of SAM are missing, {lost[0]} first; save it anew")
+        raise InputError(f"--sam {name}: is not a SAM model that can be loaded ({reason}); give another") from None
+    # transformers would continue with random weights.
+    if missing := sorted(loading["missing_keys"]):
+        raise InputError(f"--sam {name}: lacks {len(missing)} weights, first {missing[0]}; save the model again")
     return Sam(model.to(device).eval(), processor)
 
 
@@ -101,20 +103,21 @@ def generate_masks(
     max_masks: int = 256,
     amp: torch.dtype | None = None,
 ) -> list[Mask]:
-    """Masks of all that a grid of points hits in a picture, uint8 RGB `[3, H, W]` on the CPU; the best first.
+    """Returns masks of everything that a grid of points hits in an image, best first.
 
-    Each of points_per_side^2 points gives three masks (part, object, whole). Those stay whose IoU as SAM predicts
-    it exceeds `min_score` and whose outline moves little when the threshold does (`min_stability`); 0 switches a
-    bound off. Of masks with boxes that overlap by more than 0.7 IoU the best stays, and `max_masks` in all (paper,
-    appendix B, without its second pass over crops).
-    Memory: the points pass the decoder `points_per_batch` at a time (half of that wherever a GPU has too little
-    memory); what passes `min_score` is enlarged to full size `MASK_PIXELS` at a time, or one mask, and packed.
-    Raises InputError where the memory does not suffice for one point.
+    image: RGB uint8 `[3, H, W]` on the CPU.
+    Each of points_per_side^2 points gives three masks (part, object, whole). A mask stays if the IoU that SAM
+    predicts for it exceeds `min_score`, and if its outline hardly moves with the threshold (`min_stability`); 0 turns
+    a bound off. Among masks whose boxes overlap by more than 0.7 IoU only the best stays, and at most `max_masks` in
+    total (paper, appendix B, without its second pass over crops).
+    Memory: the decoder gets `points_per_batch` points at a time, or half as many whenever a GPU runs out of memory.
+    Masks that pass `min_score` are enlarged to full size `MASK_PIXELS` at a time, at least one, and then packed.
+    Raises InputError if the memory is too small for a single point.
     """
     model, processor = sam
     height, width = image.shape[1:]
     inputs = processor(image.permute(1, 2, 0).numpy(), input_data_format="channels_last", return_tensors="pt")
-    with autocast(model.device, amp):
+    with torch.autocast(model.device.type, dtype=amp, enabled=amp is not None):
         embedding = model.get_image_embeddings(inputs["pixel_values"].to(model.device))  # [1, E, h, w]
     seen_height, seen_width = (int(side) for side in inputs["reshaped_input_sizes"][0])
     steps = (torch.arange(points_per_side) + 0.5) / points_per_side
@@ -126,20 +129,20 @@ def generate_masks(
         while start < len(points):
             batch = points[start : start + step]  # [n, 2]
             try:
-                with autocast(model.device, amp):
+                with torch.autocast(model.device.type, dtype=amp, enabled=amp is not None):
                     answer = model(input_points=batch[None, :, None], image_embeddings=embedding)
             except torch.OutOfMemoryError:
                 if step == 1:
-                    raise InputError("sam: the memory does not suffice for one point; try --device cpu") from None
+                    raise InputError("--device: not enough memory for a single point of SAM; try cpu") from None
                 step //= 2
                 continue
             scores, logits = answer.iou_scores[0].float(), answer.pred_masks[0]  # [n, 3], [n, 3, h, w]
             keep = scores > min_score if min_score else torch.ones_like(scores, dtype=torch.bool)
-            pad = processor.pad_size  # to which they are enlarged on the way
+            pad = processor.pad_size  # the intermediate size on the way to full size
             chunk = max(1, MASK_PIXELS // max(height * width, pad["height"] * pad["width"]))
-            for some_scores, some in zip(scores[keep].split(chunk), logits[keep].split(chunk), strict=True):
+            for some_scores, some_logits in zip(scores[keep].split(chunk), logits[keep].split(chunk), strict=True):
                 large = processor.post_process_masks(
-                    [some[:, None].float()],
+                    [some_logits[:, None].float()],
                     [[height, width]],
                     reshaped_input_sizes=[[seen_height, seen_width]],
                     binarize=False,
@@ -148,8 +151,10 @@ def generate_masks(
                 runs, kept, _ = processor.filter_masks(
                     large, some_scores[:, None], [height, width], box, min_score, min_stability
                 )
-                inside = (_decode(run) for run in runs)
-                found += [Mask.of(m, s) for m, s in zip(inside, kept.tolist(), strict=True) if m.any()]
+                for run_lengths, score in zip(runs, kept.tolist(), strict=True):
+                    inside = _decode(run_lengths)  # [H, W]
+                    if inside.any():
+                        found.append(Mask.from_array(inside, score))
             found = sorted(found, key=lambda mask: -mask.score)[: 4 * max_masks]
             start += len(batch)
             bar.update(len(batch))
@@ -161,7 +166,7 @@ def generate_masks(
 
 
 def _decode(run_lengths: dict) -> np.ndarray:
-    """bool `[H, W]` of run lengths that go down the columns and begin with what is outside."""
+    """Returns a bool array `[H, W]` from run lengths that go down the columns and start outside the mask."""
     height, width = run_lengths["size"]
     inside = np.arange(len(run_lengths["counts"])) % 2 == 1
     return np.repeat(inside, run_lengths["counts"]).reshape(width, height).T
@@ -170,20 +175,20 @@ def _decode(run_lengths: dict) -> np.ndarray:
 def refine(
     probabilities: torch.Tensor, masks: Sequence[Mask], *, min_area: int = 64, min_confidence: float = 0.5
 ) -> torch.Tensor:
-    """Class ids, uint8 `[H, W]`, of class probabilities, float `[C, H, W]`, with their outlines taken from masks.
+    """Returns class ids, uint8 `[H, W]`, from class probabilities, float `[C, H, W]`, with outlines from masks.
 
-    The rule: every pixel begins with its most probable class. Then, from the largest mask to the smallest, so that
-    where masks overlap the smaller one wins, all pixels of a mask take the class whose mean probability over the
-    mask is highest. A mask of fewer than `min_area` pixels, or whose highest mean is below `min_confidence`,
-    changes nothing. Nor does anything outside all masks change. Of two masks of one area the later wins.
-    Raises ValueError for masks that reach beyond the picture.
+    Every pixel starts with its most probable class. Then, from the largest mask to the smallest, all pixels of a mask
+    take the class with the highest mean probability over the mask. So where masks overlap, the smaller one wins, and
+    between masks of equal area the later one. A mask with fewer than `min_area` pixels, or whose highest mean is
+    below `min_confidence`, changes nothing, and pixels outside all masks keep their class.
+    Raises ValueError for masks that reach beyond the image.
     """
     height, width = probabilities.shape[1:]
     refined = probabilities.max(dim=0).indices.to(torch.uint8)  # [H, W]
     for mask in sorted(masks, key=lambda mask: -mask.area):
         rows, columns = mask.window
         if rows.stop > height or columns.stop > width:
-            raise ValueError(f"a mask up to ({rows.stop}, {columns.stop}) of a picture of ({height}, {width})")
+            raise ValueError(f"a mask reaches ({rows.stop}, {columns.stop}) in an image of ({height}, {width})")
         if mask.area < min_area:
             continue
         inside = torch.from_numpy(mask.pixels()).to(probabilities.device)  # [h, w]
@@ -194,13 +199,15 @@ def refine(
 
 
 def true_masks(target: torch.Tensor, void: int) -> list[Mask]:
-    """A mask for each connected region (over edges, not corners) of one class in class ids uint8 `[H, W]`: what a
-    perfect mask generator would give. Void has none."""
+    """Returns the masks of a perfect mask generator: the connected regions of one class in the ground truth.
+
+    target: class ids, uint8 `[H, W]`. Pixels connect over edges, not corners. Void has no masks.
+    """
     ids = target.numpy()
     labels = np.arange(ids.size).reshape(ids.shape)
     while True:
-        # Each pixel takes the highest label of its four neighbours, then that label's own: so labels point ever
-        # further within their region, and a region of any shape takes about log2(size) rounds.
+        # Each pixel takes the highest label of its four neighbours, and then the label at that position. Labels jump
+        # ever further within their region, so a region of any shape takes about log2(size) rounds.
         new = labels.copy()
         for axis in (0, 1):
             first, second = (tuple([slice(None)] * axis + [side]) for side in (slice(None, -1), slice(1, None)))
@@ -211,4 +218,4 @@ def true_masks(target: torch.Tensor, void: int) -> list[Mask]:
         if (new == labels).all():
             break
         labels = new
-    return [Mask.of(labels == label) for label in np.unique(labels[ids != void])]
+    return [Mask.from_array(labels == label) for label in np.unique(labels[ids != void])]

@@ -9,6 +9,13 @@ from torchvision import models
 
 from network import build_model
 from utils.errors import InputError
+from utils.weights.load import load_backbone
+
+
+def with_backbone(name, source):
+    model = build_model(name, num_classes=3)
+    load_backbone(model, name, str(source))
+    return model
 
 
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 31)])
@@ -30,7 +37,7 @@ def test_features_are_tapped_at_stride_4_and_at_the_output_stride(name, stride, 
 
 
 def test_mobilenet_refuses_output_stride_8():
-    with pytest.raises(InputError, match="--output_stride 8: MobileNetV3 has 16 only"):
+    with pytest.raises(InputError, match="--output_stride 8: MobileNetV3 supports 16 only"):
         build_model("deeplabv3_mobilenet_v3_large", num_classes=2, output_stride=8)
 
 
@@ -38,7 +45,7 @@ def test_mobilenet_refuses_output_stride_8():
 def test_backbone_file_is_loaded_whatever_its_number_of_classes(tmp_path, name, head):
     network = models.get_model(name, num_classes=7)
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    model = build_model(f"deeplabv3plus_{name}", num_classes=3, backbone_weights=str(tmp_path / "w.pth"))
+    model = with_backbone(f"deeplabv3plus_{name}", tmp_path / "w.pth")
     ours, theirs = model.backbone.state_dict(), network.state_dict()
     prefix = "features." if name.startswith("mobilenet") else ""
     assert ours and all(torch.equal(value, theirs[prefix + key]) for key, value in ours.items())
@@ -54,8 +61,8 @@ def test_backbone_file_of_another_network_is_refused(tmp_path, damage):
     else:
         state["layer9.weight"] = torch.zeros(1)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(InputError, match=r"w\.pth: not the weights of this ResNet \(layer"):
-        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
+    with pytest.raises(InputError, match=r"w\.pth: not weights of resnet50 \(layer"):
+        with_backbone("deeplabv3_resnet50", tmp_path / "w.pth")
 
 
 def published(name):
@@ -90,18 +97,18 @@ def test_weights_are_found_in_the_usual_wrappers(tmp_path, name, how):
         state = {inside + key.removeprefix("backbone."): value for key, value in deeplab.items()}
     else:
         torch.save({how: state, "epoch": 3}, path)
-    ours = build_model(f"deeplabv3_{name}", num_classes=3, backbone_weights=str(path)).backbone.state_dict()
+    ours = with_backbone(f"deeplabv3_{name}", path).backbone.state_dict()
     assert ours and all(torch.equal(value, state[inside + key]) for key, value in ours.items())
 
 
 @pytest.mark.parametrize(
     ("other", "fault"),
     [
-        ("resnext50_32x4d", r"layer1\.0\.conv1\.weight: shape \[128, 64, 1, 1\] against \[64, 64, 1, 1\]"),
-        ("wide_resnet50_2", r"layer1\.0\.conv1\.weight: shape \[128, 64, 1, 1\] against \[64, 64, 1, 1\]"),
-        ("resnet101", r"layer3\.6\.conv1\.weight: unknown"),
+        ("resnext50_32x4d", r"layer1\.0\.conv1\.weight: shape \[128, 64, 1, 1\] instead of \[64, 64, 1, 1\]"),
+        ("wide_resnet50_2", r"layer1\.0\.conv1\.weight: shape \[128, 64, 1, 1\] instead of \[64, 64, 1, 1\]"),
+        ("resnet101", r"layer3\.6\.conv1\.weight: unexpected"),
         ("resnet34", r"layer1\.0\.conv1\.weight: shape"),
-        ("resnet50d", r"conv1\.weight: absent"),
+        ("resnet50d", r"conv1\.weight: missing"),
     ],
 )
 def test_relatives_of_resnet_50_are_refused_by_what_differs(tmp_path, other, fault):
@@ -111,23 +118,23 @@ def test_relatives_of_resnet_50_are_refused_by_what_differs(tmp_path, other, fau
     if other == "resnet50d":  # timm's deep stem
         state = {"conv1.0.weight" if name == "conv1.weight" else name: value for name, value in state.items()}
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(InputError, match=rf"w\.pth: not the weights of this ResNet \({fault}") as error:
-        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
+    with pytest.raises(InputError, match=rf"w\.pth: not weights of resnet50 \({fault}") as error:
+        with_backbone("deeplabv3_resnet50", tmp_path / "w.pth")
     assert "\n" not in str(error.value)
 
 
 def test_file_of_anything_else_is_refused(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(
-        InputError, match=r"--backbone_weights .*w\.pth: holds no state dict, for 'epoch' in it is no"
+        InputError, match=r"--backbone_weights .*w\.pth: holds no state dict, its 'epoch' is not a plain"
     ):
-        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
+        with_backbone("deeplabv3_resnet50", tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v3_large"])
 def test_files_older_than_the_counters_of_batch_norm_are_loaded(tmp_path, name):
     torch.save(published(name), tmp_path / "w.pth")
-    build_model(f"deeplabv3_{name}", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
+    with_backbone(f"deeplabv3_{name}", tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 cut short"])
@@ -137,12 +144,12 @@ def test_damaged_file_in_the_cache_is_named_for_deletion(tmp_path, monkeypatch, 
     cached.parent.mkdir()
     cached.write_bytes(content)
     with pytest.raises(InputError, match=rf"{cached.name} is damaged; delete it"):
-        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights="imagenet")
+        with_backbone("deeplabv3_resnet50", "imagenet")
 
 
 def test_missing_backbone_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"--backbone_weights .*w\.pth: there is no such file"):
-        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights=str(tmp_path / "w.pth"))
+    with pytest.raises(InputError, match=r"--backbone_weights .*w\.pth: no such file"):
+        with_backbone("deeplabv3_resnet50", tmp_path / "w.pth")
 
 
 def test_failed_imagenet_download_says_what_to_do(monkeypatch, tmp_path):
@@ -153,7 +160,7 @@ def test_failed_imagenet_download_says_what_to_do(monkeypatch, tmp_path):
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     with pytest.raises(InputError, match=r"imagenet: https://.*resnet50.*no route to host.*--backbone_weights FILE"):
-        build_model("deeplabv3_resnet50", num_classes=2, backbone_weights="imagenet")
+        with_backbone("deeplabv3_resnet50", "imagenet")
 
 
 def test_imagenet_weights_are_asked_for_by_address_and_hash(monkeypatch):
@@ -164,5 +171,5 @@ def test_imagenet_weights_are_asked_for_by_address_and_hash(monkeypatch):
         return published("resnet50")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", serve)
-    build_model("deeplabv3_resnet50", num_classes=2, backbone_weights="imagenet")
+    with_backbone("deeplabv3_resnet50", "imagenet")
     assert asked["url"] == models.ResNet50_Weights.IMAGENET1K_V1.url and asked["check_hash"] is True

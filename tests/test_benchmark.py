@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from utils.benchmark import __main__ as benchmark
-from utils.benchmark import parts, scaling
+from utils.benchmark import parts
 
 CONTRACT = {"loader", "loader_2_workers", "train_step", "validation", "predict", "confusion_matrix"}
 MODEL = "deeplabv3plus_mobilenet_v3_large"
@@ -16,7 +16,7 @@ TINY += "--step_crop_size 33 --step_batch_size 2".split()
 
 @pytest.fixture(autouse=True)
 def small_work(monkeypatch):
-    for name, value in {"PICTURE": (40, 52), "DISTINCT": 8, "MATRIX": 32, "FED_STEPS": 4}.items():
+    for name, value in {"IMAGE_SIZE": (40, 52), "DISTINCT": 8, "MATRIX": 32, "FED_STEPS": 4}.items():
         for module in (benchmark, parts):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
@@ -25,7 +25,7 @@ def small_work(monkeypatch):
 @pytest.fixture
 def opts(tmp_path) -> argparse.Namespace:
     opts = benchmark.parse(TINY)
-    opts.folder = parts.write_pictures(tmp_path / "data", 8, num_val=4, size=(40, 52))
+    opts.folder = parts.write_images(tmp_path / "data", 8, num_val=4, size=(40, 52))
     return opts
 
 
@@ -54,7 +54,7 @@ def test_parts_are_chosen_and_come_in_the_order_given(capsys, tmp_path):
 
 def test_parts_for_a_gpu_run_on_the_cpu_too(opts):
     for name in benchmark.ON_CUDA:
-        assert benchmark.measure(name, benchmark.PARTS[name](opts), device=opts.device, repeats=1)["ratio"] > 0
+        assert benchmark.measure(name, opts)["ratio"] > 0
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_bad_flags_are_refused_before_anything_is_measured(flags, message, capsy
 def test_training_steps_train(opts, monkeypatch):
     model = parts.our_model(opts)
     before = [parameter.clone() for parameter in model.parameters()]
-    monkeypatch.setattr(parts, "our_model", lambda opts: model)
+    monkeypatch.setattr(parts, "our_model", lambda *_, **__: model)
     parts.training_step(opts, None)(*parts.resident_batch(opts))
     assert model.training
     assert any(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
@@ -91,19 +91,3 @@ def test_training_steps_train(opts, monkeypatch):
 def test_floating_point_operations_are_those_of_the_convolution(opts, monkeypatch):
     monkeypatch.setattr(benchmark, "build_model", lambda *args, **kwargs: nn.Conv2d(3, 4, 3, padding=1))
     assert benchmark.forward_flops(opts, 10, 20) == 2 * 10 * 20 * 3 * 4 * 9
-
-
-def test_cost_as_the_work_grows_is_tabulated(monkeypatch, capsys):
-    small = {"IMAGES": (2, 4), "SIDES": (64, 96), "CLASSES": (2, 4), "LOSS_SIDE": 8, "WORKERS": (0,)}
-    for name, value in small.items():
-        monkeypatch.setattr(scaling, name, value)
-    benchmark.main([*TINY, "--scaling"])
-    printed = capsys.readouterr().out
-    assert [printed.count(f"\n{name:>10}") for name in scaling.TABLES] == [1, 1, 1, 1]
-    assert f"\n{96**2:>10}" in printed
-
-
-def test_growth_is_the_exponent():
-    assert scaling.growth((10, {"ms": 3}), 20, "ms", {"ms": 12}) == "2.00"
-    assert scaling.growth((10, {"ms": 3}), 20, "ms", {"ms": 3}) == "0.00"
-    assert scaling.growth(None, 20, "ms", {"ms": 3}) == scaling.growth((0, {"ms": 3}), 1, "ms", {"ms": 3}) == "-"

@@ -13,9 +13,9 @@ from network import build_model
 from utils.card import Card, bootstrap_interval, format_card, image_counts, mean_iou, write_card
 from utils.engine import evaluate
 from utils.metrics import BoundaryIoU, ConfusionMatrix, image_iou, scores
+from utils.options import get_parser
 
 CPU = torch.device("cpu")
-ABOUT = {"checkpoint": "best.pth", "split": "val", "tta": None, "crop_val": False, "comparable": True}
 
 
 def random_ids(number, num_classes=4, *, seed=0, void=0.1, size=(20, 24)):
@@ -178,7 +178,7 @@ def test_card_of_an_evaluation_agrees_with_its_matrix(folder):
     torch.manual_seed(0)
     model = build_model("deeplabv3plus_mobilenet_v3_large", num_classes=4)
     card = Card(dataset.ids, 4, CPU, also=lambda *batch: seen.append(batch))
-    matrix = evaluate(model, loader, num_classes=4, on_batch=card).matrix()
+    matrix = evaluate(model, loader, on_batch=card)
     figures = card.compute()
     assert [id for id, *_ in figures["per_image"]] == dataset.ids
     low, high = figures["bootstrap"]
@@ -200,7 +200,7 @@ def test_card_is_printed_in_the_form_of_the_scores():
         "Mean IoU 95% interval: 0.512000 to 0.540000 (bootstrap over 100 images)",
         "Speed: 12.3 images/s",
         "Peak memory: 1,234 MB",
-        "The 2 images of lowest mIoU:",
+        "The 2 images with the lowest mIoU:",
         "  0.100000  a",
         "  0.200000  b",
     ]
@@ -213,10 +213,12 @@ def test_written_card_has_all_figures_and_reads_back(tmp_path):
     confusion = ConfusionMatrix(5)
     confusion.update(masks, predictions)
     result, names = confusion.compute(), ["sky", "road", "tree", "car", "dog"]
-    write_card(tmp_path, card, result=result, class_names=names, about=ABOUT)
+    write_card(tmp_path, card, result, get_parser().parse_args(["--ckpt", "best.pth"]), names)
 
     read = json.loads((tmp_path / "card.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
-    assert {name: read[name] for name in ABOUT} == ABOUT
+    about = {"ckpt": "best.pth", "dataset": "voc", "val_split": "val", "tta": None, "crop_val": False}
+    about |= {"eval_output_stride": None, "comparable": True}
+    assert {name: read[name] for name in about} == about
     assert read["mean_iou"] == result["Mean IoU"] and read["freqw_acc"] == result["FreqW Acc"]
     assert read["mean_boundary_iou"] == card["mean_boundary_iou"] and tuple(read["bootstrap"]) == card["bootstrap"]
     assert [(row["image"], row["mean_iou"]) for row in read["worst"]] == card["worst"]

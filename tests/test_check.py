@@ -56,12 +56,12 @@ def test_without_lists_both_sides_of_the_division_are_checked(folder):
     assert checked["pairs"] == {"train": 6, "val": 1}
 
 
-def test_photographs_without_a_mask_are_a_warning_where_masks_decide(folder):
+def test_images_without_a_mask_are_a_warning_if_there_are_no_lists(folder):
     (folder / "SegmentationClass/a2.png").unlink()
     shutil.rmtree(folder / "ImageSets")
     (finding,) = check_dataset("folder", folder)[0]
     assert finding.path == str(folder / "JPEGImages") and not finding.fatal
-    assert finding.problem.startswith("a2 is without a mask of that name, so not used")
+    assert finding.problem.startswith("a2 is without a mask of that name, so unused")
     assert check_dataset("folder", folder, ["train"])[0] == []  # the other ids may be val's
 
 
@@ -80,13 +80,13 @@ def empty(path: Path) -> None:
 
 
 def colour(path: Path) -> None:
-    with Image.open(path) as picture:
-        picture.convert("RGB").save(path)
+    with Image.open(path) as image:
+        image.convert("RGB").save(path)
 
 
 def crop(path: Path) -> None:
-    with Image.open(path) as picture:
-        picture.crop((0, 0, 30, 20)).save(path)
+    with Image.open(path) as image:
+        image.crop((0, 0, 30, 20)).save(path)
 
 
 def utf16(path: Path) -> None:  # as Windows PowerShell writes it
@@ -98,14 +98,14 @@ def stray(path: Path) -> None:
 
 
 DAMAGES = [
-    ("JPEGImages/a1.jpg", Path.unlink, "the picture is missing; add it"),
-    ("JPEGImages/a1.jpg", truncate, "cannot be read as a picture"),
-    ("JPEGImages/a1.jpg", empty, "cannot be read as a picture"),
+    ("JPEGImages/a1.jpg", Path.unlink, "the image is missing; add it"),
+    ("JPEGImages/a1.jpg", truncate, "cannot be read as an image"),
+    ("JPEGImages/a1.jpg", empty, "cannot be read as an image"),
     ("SegmentationClass/a1.png", Path.unlink, "the mask is missing; add it"),
     ("SegmentationClass/a1.png", truncate, "cannot be read as a mask"),
     ("SegmentationClass/a1.png", empty, "cannot be read as a mask"),
-    ("SegmentationClass/a1.png", colour, "a RGB picture, but a mask holds class ids"),
-    ("SegmentationClass/a1.png", crop, "the mask is 30x20, its picture 52x40"),
+    ("SegmentationClass/a1.png", colour, "has mode RGB, but a mask holds class ids"),
+    ("SegmentationClass/a1.png", crop, "the mask is 30x20, its image 52x40"),
     ("SegmentationClass/a1.png", stray, "value 4 is neither a class (0..3) nor void"),
     ("ImageSets/Segmentation/train.txt", empty, "the split is empty"),
     ("ImageSets/Segmentation/train.txt", utf16, "save it as UTF-8"),
@@ -140,7 +140,7 @@ def test_a_pair_in_two_lists_is_reported_once(folder):
 
 
 @pytest.mark.parametrize("what", ["JPEGImages", "SegmentationClass"])
-def test_files_that_are_missing_throughout_are_one_finding_with_their_count(folder, what):
+def test_files_that_are_all_missing_are_one_finding_with_their_count(folder, what):
     for path in (folder / what).iterdir():
         path.unlink()
     suffix = {"JPEGImages": "jpg", "SegmentationClass": "png"}[what]
@@ -156,7 +156,7 @@ def test_unusable_class_names_are_one_finding(folder, text):
     only(check(folder), path, fatal=True)
 
 
-def test_a_folder_that_is_not_there_is_one_finding(tmp_path):
+def test_a_missing_folder_is_one_finding(tmp_path):
     only(check(tmp_path, "voc"), tmp_path / "VOCdevkit" / "VOC2012", "--data_root", fatal=True)
 
 
@@ -169,7 +169,7 @@ def test_a_split_without_a_list_is_found_and_the_others_are_checked(folder):
 def test_a_mask_that_is_all_void_is_a_warning(folder):
     path = folder / "SegmentationClass" / "a1.png"
     write_picture(path, np.full((40, 52), 255, np.uint8))
-    only(check(folder), path, "all of it is void", fatal=False)
+    only(check(folder), path, "the whole mask is void", fatal=False)
 
 
 @pytest.mark.parametrize(("first", "warned"), [("background", True), ("_background_", True), ("sky", False)])
@@ -198,22 +198,22 @@ def test_ids_in_two_lists_that_must_be_apart_are_a_warning(folder, one, other):
         path.unlink()
     (lists(folder) / f"{one}.txt").write_text("a1\na2\na3\n")
     (lists(folder) / f"{other}.txt").write_text("b1\na3\n")
-    only(check(folder), lists(folder) / f"{one}.txt", f"a3 is in {other} too", fatal=False)
+    only(check(folder), lists(folder) / f"{one}.txt", f"a3 is also in {other}", fatal=False)
 
 
 def test_many_shared_ids_are_counted(folder):
     write_voc_layout(folder, {"train": (ids := [f"t{k}" for k in range(9)]), "val": ids}, class_names=["sky", "road"])
-    only(check(folder), lists(folder) / "train.txt", "t0, t1, t2, t3, t4 and 4 more are in val too", fatal=False)
+    only(check(folder), lists(folder) / "train.txt", "t0, t1, t2, t3, t4 and 4 more are also in val", fatal=False)
 
 
-def test_the_same_picture_under_two_ids_of_train_and_val_is_a_warning(folder):
+def test_the_same_image_under_two_ids_of_train_and_val_is_a_warning(folder):
     source, copy = folder / "JPEGImages" / "a3.jpg", folder / "JPEGImages" / "b1.jpg"
     copy.write_bytes(source.read_bytes())
     (folder / "SegmentationClass" / "b1.png").write_bytes((folder / "SegmentationClass" / "a3.png").read_bytes())
-    only(check(folder), copy, "the very picture of a3, which is in train", fatal=False)
+    only(check(folder), copy, "is the same image as a3, which is in train", fatal=False)
 
 
-def test_pictures_of_one_length_need_not_be_the_same(folder):
+def test_images_of_one_length_need_not_be_the_same(folder):
     one, other = (folder / "JPEGImages" / name for name in ("a1.jpg", "b1.jpg"))
     length = max(one.stat().st_size, other.stat().st_size)
     for path in (one, other):  # readers stop before bytes past the end
@@ -222,7 +222,7 @@ def test_pictures_of_one_length_need_not_be_the_same(folder):
     assert check(folder) == []
 
 
-def test_broken_pictures_are_not_called_the_same(folder):
+def test_broken_images_are_not_reported_as_the_same(folder):
     for name in ("a1", "b1"):
         empty(folder / "JPEGImages" / f"{name}.jpg")
     assert [Path(finding.path).name for finding in check(folder) if finding.fatal] == ["a1.jpg", "b1.jpg"]
@@ -249,7 +249,7 @@ def test_train_of_2012_aug_is_its_own_list_with_its_own_masks(augmented):
 
 
 @pytest.mark.parametrize("splits", [None, ["train"]])
-def test_2012_aug_that_shares_ids_with_val_is_fatal_and_its_pairs_are_checked_all_the_same(augmented, splits):
+def test_2012_aug_that_shares_ids_with_val_is_fatal_and_its_pairs_are_still_checked(augmented, splits):
     voc = augmented / "VOCdevkit" / "VOC2012"
     (lists(voc) / "train_aug.txt").write_text("a1\na2\nb2\n")
     (voc / "SegmentationClassAug" / "a2.png").unlink()
@@ -268,10 +268,10 @@ def test_2012_aug_is_kept_apart_from_every_other_list(augmented):
     findings = check(augmented, "voc", ["train_aug", "val", "test"], year="2012_aug")
     problems = {finding.problem: (Path(finding.path).name, finding.fatal) for finding in findings}
     assert [(about, problem.split(",")[0]) for problem, about in problems.items()] == [
-        (("train_aug.txt", True), "b2 is in val too (1 such ids); take them off the list"),
-        (("b3.jpg", False), "the very picture of a1"),
-        (("train_aug.txt", False), "a2 is in test too"),
-        (("val.txt", False), "b3 is in test too"),
+        (("train_aug.txt", True), "b2 is also in val (1 such ids); remove them from the list"),
+        (("b3.jpg", False), "is the same image as a1"),
+        (("train_aug.txt", False), "a2 is also in test"),
+        (("val.txt", False), "b3 is also in test"),
     ]
 
 
@@ -303,7 +303,7 @@ def test_report_marks_fatal_findings_first_and_groups_files_with_one_problem():
         "         and 2 more",
         "FATAL    x/c.png: broken",
         "warning  x/a.png: all void",
-        "6 fatal, 1 to look at",
+        "fatal: 6, warnings: 1",
     ]
 
 
@@ -312,8 +312,8 @@ def test_camvid_has_no_finding(real_data):
     assert findings == [] and checked["pairs"] == {"train": 367, "val": 101, "test": 233}
 
 
-def test_real_annotations_without_photographs_are_one_fatal_finding(real_data):
+def test_real_masks_without_images_are_one_fatal_finding(real_data):
     findings, checked = check_dataset("voc", real_data("voc2012_masks"), ["val"])
     folder = real_data("voc2012_masks") / "VOCdevkit" / "VOC2012"
-    only(findings, folder / "JPEGImages" / "2007_000033.jpg", "the picture is missing (1,449 of 1,449", fatal=True)
+    only(findings, folder / "JPEGImages" / "2007_000033.jpg", "the image is missing (1,449 of 1,449", fatal=True)
     assert checked["pairs"] == {"val": 1449}

@@ -8,16 +8,9 @@ import torch
 from torch.optim import lr_scheduler
 
 from network import build_model
-from utils.checkpoint import (
-    KEYS,
-    TrainingState,
-    load_checkpoint,
-    load_file,
-    load_model_state,
-    require_classes,
-    save_checkpoint,
-)
+from utils.checkpoint import TrainingState, save_checkpoint
 from utils.errors import InputError
+from utils.weights.load import KEYS, load_checkpoint, load_file, load_model_state, require_classes
 
 
 def complete(**changes):
@@ -43,9 +36,9 @@ def test_save_that_fails_leaves_the_earlier_checkpoint(tmp_path):
 
 
 def test_missing_file_is_refused_never_ignored(tmp_path):
-    with pytest.raises(InputError, match=r"--ckpt .*typo\.pth: there is no such file"):
+    with pytest.raises(InputError, match=r"--ckpt .*typo\.pth: no such file"):
         load_checkpoint(tmp_path / "typo.pth")
-    with pytest.raises(InputError, match=r"--ckpt n+: there is no such file"):
+    with pytest.raises(InputError, match=r"--ckpt n+: no such file"):
         load_checkpoint("n" * 300)
 
 
@@ -96,7 +89,7 @@ def test_damaged_files_are_refused_whatever_is_damaged(tmp_path):
 
 def test_file_of_another_kind_is_refused(tmp_path):
     torch.save({"model_state": {}, "options": {}}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"not a checkpoint of main\.py, it lacks best_itr, .*, scores"):
+    with pytest.raises(InputError, match=r"not a checkpoint of main\.py, best_itr, .*, scores is missing"):
         load_checkpoint(tmp_path / "a.pth")
     torch.save([1, 2], tmp_path / "b.pth")
     with pytest.raises(InputError, match=r"--backbone_weights .*b\.pth: holds a list"):
@@ -112,7 +105,7 @@ def test_other_classes_are_refused_with_both_lists():
 def test_weights_of_another_model_are_refused():
     state = build_model("deeplabv3_mobilenet_v3_large", num_classes=2).state_dict()
     model = build_model("deeplabv3plus_mobilenet_v3_large", num_classes=2)
-    fault = r"a\.pth: its weights do not fit the model \(classifier\.project\.0\.weight: absent; \d+ such"
+    fault = r"a\.pth: the weights do not fit the model \(classifier\.project\.0\.weight: missing; \d+ such"
     with pytest.raises(InputError, match=fault):
         load_model_state(model, complete(model_state=state), "a.pth")
 
@@ -138,7 +131,7 @@ def steps(state, count):
         state.model(torch.ones(1, 2)).square().sum().backward()
         state.optimizer.step()
         state.scheduler.step()
-        state.cur_itrs += 1
+        state.itr += 1
     return rates
 
 
@@ -146,7 +139,7 @@ def frozen(state):
     checkpoint = {
         "optimizer_state": state.optimizer.state_dict(),
         "scaler_state": {},
-        "cur_itrs": state.cur_itrs,
+        "cur_itrs": state.itr,
         "scores": None,
         "best_score": 0.5,
         "best_itr": 2,
@@ -174,8 +167,8 @@ def test_rates_and_weights_go_on_bit_for_bit(make, stop):
     steps(first, stop)
     second = training_state(make=make)
     second.model.load_state_dict(first.model.state_dict())
-    second.restore(frozen(first))
-    assert second.cur_itrs == stop and (second.best_score, second.best_itr) == (0.5, 2)
+    second.restore(frozen(first), "a.pth")
+    assert second.itr == stop and (second.best_score, second.best_itr) == (0.5, 2)
     assert steps(second, 11 - stop) == rates[stop:]
     assert torch.equal(second.model.weight, whole.model.weight)
 
@@ -186,7 +179,7 @@ def test_training_goes_on_in_fp16_whether_or_not_it_began_so(stored):
     checkpoint = frozen(training_state()) | {"scaler_state": scaler.state_dict() | stored if stored else {}}
     state = training_state()
     state.scaler = scaler
-    state.restore(checkpoint)
+    state.restore(checkpoint, "a.pth")
     assert scaler.state_dict()["scale"] == stored.get("scale", 65536.0)
 
 
@@ -194,17 +187,17 @@ def test_rate_of_the_command_line_holds_when_it_changes():
     first = training_state(lr=0.1)
     steps(first, 4)
     second = training_state(lr=1.0)
-    second.restore(frozen(first))
+    second.restore(frozen(first), "a.pth")
     assert steps(second, 3) == [0.5, 0.5, 0.25]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"options": []}, "its options is of another kind"),
+        ({"options": []}, "its options has the wrong type"),
         ({"options": {"model": "a"}}, "its options lack output_stride"),
-        ({"class_names": 5}, "its class_names is of another kind"),
-        ({"cur_itrs": "4"}, "its cur_itrs is of another kind"),
+        ({"class_names": 5}, "its class_names has the wrong type"),
+        ({"cur_itrs": "4"}, "its cur_itrs has the wrong type"),
     ],
 )
 def test_a_checkpoint_of_other_kinds_is_refused(tmp_path, changes, words):
@@ -217,8 +210,8 @@ def test_a_checkpoint_of_other_kinds_is_refused(tmp_path, changes, words):
     ("value", "words"),
     [
         (torch.tensor([1.0, float("nan")]), "not finite"),
-        (torch.eye(2).to_sparse(), "no plain tensor"),
-        (torch.ones(2, device="meta"), "no plain tensor"),
+        (torch.eye(2).to_sparse(), "not a plain tensor"),
+        (torch.ones(2, device="meta"), "not a plain tensor"),
     ],
 )
 def test_weights_that_cannot_be_computed_with_are_refused(tmp_path, value, words):

@@ -19,15 +19,15 @@ import torch.distributed as dist
 from PIL import Image
 
 import main
-from datasets import build_dataset
 from datasets.loader import SameSizeBatches, TrainBatches
 from tests.conftest import ROOT, TINY, before, write_voc_layout
-from utils.checkpoint import load_checkpoint
-from utils.distributed import ALONE, World, attempt_of, join
+from utils import distributed, engine
+from utils.distributed import all_gather, all_max, all_sum, from_main, is_main, parallel, rank, session, world_size
 from utils.engine import choose_device
+from utils.environment import environment
 from utils.errors import InputError
-from utils.options import get_parser, require_fitting
-from utils.run import environment
+from utils.options import check_options, get_parser
+from utils.weights.load import load_checkpoint
 
 NAMES = ["sky", "road", "tree", "car"]
 ITRS = 6
@@ -46,14 +46,27 @@ def root(tmp_path_factory):
         mask.paste(255, (0, 0, mask.width, mask.height * (number + 1) // 9))
         mask.save(path)
     torch.set_num_threads(1)
-    main.main(flags(root, "one", "--total_itrs", ITRS))
-    return root
+    (root / "plain.py").write_text(WITHOUT_DROPOUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+        main.main(flags(root, "one", "--total_itrs", ITRS))
+        yield root
 
 
+# Dropout masks depend on the number of processes: runs that are compared go without.
+WITHOUT_DROPOUT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import main, torch
+torch.nn.Dropout.forward = lambda self, x: x
+if __name__ == "__main__":
+    main.main()
+"""
 SLOW_SAVE = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import main, torch
+torch.nn.Dropout.forward = lambda self, x: x
 inner = torch.save
 def save(content, *arguments, **keywords):
     if isinstance(content, dict):  # a checkpoint: pickling a tensor calls it too
@@ -155,12 +168,12 @@ def test_two_processes_score_each_image_once_and_exactly_as_one_does(root):
 
 def test_a_killed_process_ends_the_job_with_a_message_and_one_process_goes_on(root):
     """Two processes and parts of one image give the losses of one process and whole batches."""
-    job = torchrun(*flags(root, "two", "--total_itrs", ITRS, "--grad_accum", 2))
+    job = torchrun(*flags(root, "two", "--total_itrs", ITRS, "--grad_accum", 2), script=root / "plain.py")
     wait_for(root / "two/log.txt", "Itrs 3/6")
     os.kill(worker(job, 1), signal.SIGKILL)
     result = finish(job)
     assert result.returncode == 1
-    assert "process 0 of 2 ends, for another one of this job is gone or cannot be reached (" in result.stderr
+    assert "process 0 of 2 ends because another process is gone or cannot be reached (" in result.stderr
     assert "Signal 9 (SIGKILL)" in result.stderr  # torchrun's own
     itr = load_checkpoint(root / "two/latest.pth")["cur_itrs"]
     assert 2 <= itr < ITRS
@@ -192,7 +205,7 @@ def test_a_signal_to_one_process_has_all_save_and_one_goes_on(root):
 
 
 def test_a_job_that_torchrun_starts_anew_goes_on_from_its_latest(root):
-    job = torchrun(*flags(root, "four", "--total_itrs", ITRS), restarts=1)
+    job = torchrun(*flags(root, "four", "--total_itrs", ITRS), restarts=1, script=root / "plain.py")
     wait_for(root / "four/log.txt", "Itrs 3/6")
     os.kill(worker(job, 1), signal.SIGKILL)
     result = finish(job)
@@ -204,7 +217,7 @@ def test_a_job_that_torchrun_starts_anew_goes_on_from_its_latest(root):
 def test_a_refused_run_stays_refused_when_torchrun_starts_it_anew(root):
     kept = {path: path.read_bytes() for path in (root / "one").rglob("*") if path.is_file()}
     result = finish(torchrun(*flags(root, "one", "--total_itrs", ITRS + 2, "--lr", 0.5), restarts=1))
-    assert result.returncode == 1 and result.stderr.count("that run exists") == 2
+    assert result.returncode == 1 and result.stderr.count("this run exists") == 2
     assert {path: path.read_bytes() for path in kept} == kept
 
 
@@ -221,9 +234,9 @@ def test_a_restart_goes_on_from_the_runs_own_checkpoint_or_starts_as_the_first_t
             main.main(given)
     if has_checkpoint:
         shutil.copy(root / "one/latest.pth", tmp_path / "a/latest.pth")
-    with pytest.raises(SystemExit):
-        main.main(given)
-    assert "that run exists" in capsys.readouterr().err  # for it is no restart
+        with pytest.raises(SystemExit):
+            main.main(given)
+        assert "this run exists" in capsys.readouterr().err  # because it is no restart
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     main.main(given)
     out = capsys.readouterr().out
@@ -235,11 +248,30 @@ def fail(*_):
     raise ZeroDivisionError
 
 
-def test_processes_with_other_samples_are_refused(root):
-    dataset = build_dataset("folder", root / "own", "train")
-    main.require_ids(dataset, list(dataset.ids))
-    with pytest.raises(InputError, match="9 samples here, 8 in the first process"):
-        main.require_ids(dataset, dataset.ids[1:])
+OTHER_DATA = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import main
+from datasets import loader
+inner = loader.build_dataset
+def build_dataset(name, root, *arguments, **keywords):
+    other = root + "_of_another_machine" if os.environ["RANK"] == "1" else root
+    return inner(name, other, *arguments, **keywords)
+loader.build_dataset = build_dataset
+if __name__ == "__main__":
+    main.main()
+"""
+
+
+def test_processes_with_other_samples_are_refused_in_one_line(root):
+    other = Path(shutil.copytree(root / "own", root / "own_of_another_machine"))
+    (other / "ImageSets/Segmentation/train.txt").write_text("a0\na1\na2\na3\n")
+    (root / "other.py").write_text(OTHER_DATA)
+    result = finish(torchrun(*flags(root, "six", "--total_itrs", 1), script=root / "other.py"))
+    (line,) = [line for line in result.stderr.splitlines() if "other.py: error: " in line]
+    assert f"{other}: 4 samples here, 9 in the main process" in line
+    assert result.returncode == 1 and "exitcode  : 2" in result.stderr and not (root / "six").exists()
+    assert f'{ROOT}/main.py", line' not in result.stderr
 
 
 def test_what_cannot_be_shared_is_refused_in_one_line(root):
@@ -252,19 +284,18 @@ def test_what_cannot_be_shared_is_refused_in_one_line(root):
 
 def test_one_image_a_process_needs_frozen_batch_norms():
     opts = get_parser().parse_args(["--batch_size", "4", "--grad_accum", "2"])
-    with pytest.raises(InputError, match="over 2 processes: after the ASPP's global pooling"):
-        require_fitting(opts, processes=2)
-    require_fitting(opts)
+    with pytest.raises(InputError, match="over 2 processes: leaves one image at a time"):
+        check_options(opts, processes=2)
+    check_options(opts)
     opts.freeze_bn = True
-    require_fitting(opts, processes=2)
+    check_options(opts, processes=2)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_processes_share_out_the_batches_of_one(processes):
     arguments = {"batch_size": 8, "seed": 3, "total_itrs": 5, "start_itr": 1}
     whole = list(TrainBatches(20, **arguments))
-    shares = [World(rank, processes, rank).share(8) for rank in range(processes)]
-    parts = [list(TrainBatches(20, share=share, **arguments)) for share in shares]
+    parts = [list(TrainBatches(20, rank=rank, processes=processes, **arguments)) for rank in range(processes)]
     assert [[item for part in parts for item in part[itr]] for itr in range(4)] == whole
 
 
@@ -276,19 +307,15 @@ def test_the_processes_share_out_each_validation_image_once(processes):
     assert sum(map(len, parts)) == len(SameSizeBatches(sizes, 2))
 
 
-def test_one_process_alone_needs_no_one(monkeypatch):
+def test_with_a_single_process_every_function_is_a_no_op(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with join() as world:
-        assert world == ALONE and world.is_first and world.share(8) == slice(0, 8)
+    with session():
+        assert (rank(), world_size(), is_main()) == (0, 1, True)
         value, model = torch.ones(2), torch.nn.Linear(1, 1)
-        assert world.sum(value) is value and world.replicated(model) is model
-        assert (world.highest(15), world.gather("a"), world.from_first(dict)) == (15, ["a"], {})
-    with pytest.raises(InputError, match="bad"):
-        ALONE.together(bad_input)
-
-
-def bad_input():
-    raise InputError("bad")
+        assert all_sum(value) is value and parallel(model) is model
+        assert (all_max(15), all_gather("a"), from_main("b")) == (15, ["a"], "b")
+    with pytest.raises(InputError, match="bad"), session():
+        raise InputError("bad")
 
 
 def test_an_attempt_does_not_read_what_an_earlier_one_left():
@@ -298,7 +325,7 @@ def test_an_attempt_does_not_read_what_an_earlier_one_left():
         with ThreadPoolExecutor(2) as pool:
             jobs = []
             for rank in (1 - late, late):
-                jobs.append(pool.submit(attempt_of, World(rank, 2, rank), store))
+                jobs.append(pool.submit(distributed.store_of_attempt, store, rank, 2))
                 time.sleep(0.1)
             stores = [job.result(timeout=10) for job in jobs]
         assert not stores[1].check(["address"])
@@ -310,27 +337,23 @@ def test_an_environment_that_is_not_torchruns_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK, .* is not set: start with torchrun"), join():
+    with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK, .* is not set: start with torchrun"), session():
         pass
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "x")
-    with pytest.raises(InputError, match="not numbers"), join():
+    with pytest.raises(InputError, match="not numbers"), session():
         pass
     monkeypatch.setenv("WORLD_SIZE", "")
-    with join() as world:
-        assert world == ALONE
+    with session():
+        assert world_size() == 1
 
 
 def test_each_process_has_a_gpu_of_its_own_or_is_refused(monkeypatch):
-    second = World(1, 2, 1)
-    assert choose_device("cpu", second) == torch.device("cpu")
+    monkeypatch.setattr(engine, "world_size", lambda: 2)
+    monkeypatch.setattr(engine, "local_rank", lambda: 1)
+    assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="--device cuda:0: under torchrun each process chooses its GPU"):
-        choose_device("cuda:0", second)
+        choose_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match="--nproc_per_node: there are 1 GPUs for 2 or more processes"):
-        choose_device("cuda", second)
-
-
-def test_one_of_several_names_bad_input_and_the_others_leave():
-    assert isinstance(World(0, 2, 0).refusal("bad"), InputError)
-    assert World(1, 2, 1).refusal("bad").code == 2
+    with pytest.raises(InputError, match="--nproc_per_node: at least 2 processes for 1 GPUs"):
+        choose_device("cuda")

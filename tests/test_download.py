@@ -1,4 +1,4 @@
-"""`download_voc` against a server on this machine: no test reaches for another host."""
+"""`download_voc` against a local server: no test contacts another host."""
 
 import errno
 import hashlib
@@ -27,7 +27,7 @@ FILES = {
     "SegmentationClass/a.png": b"mask",
     "ImageSets/Segmentation/train.txt": b"a\n",
 }
-CUT = 70_000  # bytes that the servers that break off send first
+CUT = 70_000  # bytes sent first by servers that break off
 
 
 def make_tar(files: dict[str, bytes], prefix: str = "VOCdevkit/VOC2012/") -> bytes:
@@ -44,7 +44,7 @@ TAR = make_tar(FILES)
 
 
 class Server(ThreadingHTTPServer):
-    """Sends `content`; the first part of the address says how: see `Handler.do_GET`."""
+    """Sends `content`; the first part of the URL selects how, see `Handler.do_GET`."""
 
     daemon_threads, block_on_close = True, False
 
@@ -99,7 +99,7 @@ def server(monkeypatch):
 
 
 def expect(monkeypatch: pytest.MonkeyPatch, content: bytes) -> str:
-    """Makes `content` the one that torchvision's md5 stands for."""
+    """Makes `content` match torchvision's md5."""
     md5 = hashlib.md5(content).hexdigest()
     monkeypatch.setitem(DATASET_YEAR_DICT["2012"], "md5", md5)
     return md5
@@ -123,14 +123,14 @@ def test_fetches_and_extracts_with_one_request(server, tmp_path):
 
 def test_a_complete_folder_needs_no_request_no_hash_no_extraction_and_no_write(server, tmp_path, monkeypatch):
     download_voc(tmp_path, sources=[server.url("good")])
-    picture = tmp_path / "VOCdevkit" / "VOC2012" / "JPEGImages" / "a.jpg"
-    before = picture.stat().st_mtime_ns, picture.stat().st_ino
+    image = tmp_path / "VOCdevkit" / "VOC2012" / "JPEGImages" / "a.jpg"
+    before = image.stat().st_mtime_ns, image.stat().st_ino
     (tmp_path / NAME).write_bytes(b"no longer the tar")
     (tmp_path / f"{NAME}.lock").unlink(missing_ok=True)
     monkeypatch.setattr(download, "calculate_md5", lambda path: pytest.fail("hashed"))
     monkeypatch.setattr(tarfile, "open", lambda *args, **kwargs: pytest.fail("extracted"))
     download_voc(tmp_path, sources=[server.url("good")])
-    assert (picture.stat().st_mtime_ns, picture.stat().st_ino) == before
+    assert (image.stat().st_mtime_ns, image.stat().st_ino) == before
     assert len(server.requests) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["VOCdevkit", NAME])
 
@@ -143,7 +143,7 @@ def test_the_augmented_year_fetches_the_same_tar_and_other_years_are_refused(ser
     assert not (tmp_path / "other").exists()
 
 
-def test_a_tar_that_is_there_is_used_without_a_request(server, tmp_path):
+def test_an_existing_tar_is_used_without_a_request(server, tmp_path):
     (tmp_path / NAME).write_bytes(TAR)
     download_voc(tmp_path, sources=[server.url("good")])
     assert_complete(tmp_path)
@@ -165,7 +165,7 @@ def test_a_tar_with_the_wrong_md5_is_refused_and_kept(server, tmp_path):
     assert server.requests == [] and not (tmp_path / "VOCdevkit").exists()
 
 
-def test_a_partial_download_of_an_earlier_run_is_completed_by_asking_for_the_rest_only(server, tmp_path):
+def test_a_partial_download_of_an_earlier_run_is_completed_by_requesting_only_the_rest(server, tmp_path):
     (tmp_path / f"{NAME}.part").write_bytes(TAR[:12_345])
     download_voc(tmp_path, sources=[server.url("good")])
     assert_complete(tmp_path)
@@ -184,7 +184,7 @@ def test_a_connection_that_breaks_again_and_again_still_completes(server, tmp_pa
     assert server.requests == [("alwayscut", f"bytes={n}-" if n else None) for n in range(0, len(TAR), CUT)]
 
 
-def test_a_server_that_ignores_range_is_read_anew(server, tmp_path):
+def test_a_server_that_ignores_range_is_read_from_the_start(server, tmp_path):
     (tmp_path / f"{NAME}.part").write_bytes(b"x" * 12_345)
     download_voc(tmp_path, sources=[server.url("norange")])
     assert_complete(tmp_path)
@@ -192,17 +192,17 @@ def test_a_server_that_ignores_range_is_read_anew(server, tmp_path):
 
 
 def test_a_server_that_ignores_range_and_always_breaks_off_is_given_up(server, tmp_path):
-    with pytest.raises(InputError, match=f"broke off at byte {CUT} of {len(TAR)}"):
+    with pytest.raises(InputError, match=f"stopped at byte {CUT} of {len(TAR)}"):
         download_voc(tmp_path, sources=[server.url("cut-norange")])
     assert len(server.requests) == 2
 
 
-def test_a_server_that_tells_no_length_is_checked_by_md5(server, tmp_path):
+def test_a_server_that_sends_no_length_is_checked_by_md5(server, tmp_path):
     download_voc(tmp_path, sources=[server.url("nolength")])
     assert_complete(tmp_path)
 
 
-def test_a_part_that_is_whole_already_is_accepted_when_the_server_answers_416(server, tmp_path):
+def test_a_part_that_is_complete_is_accepted_when_the_server_answers_416(server, tmp_path):
     (tmp_path / f"{NAME}.part").write_bytes(TAR)
     download_voc(tmp_path, sources=[server.url("good")])
     assert_complete(tmp_path)
@@ -210,7 +210,7 @@ def test_a_part_that_is_whole_already_is_accepted_when_the_server_answers_416(se
 
 
 @pytest.mark.parametrize("junk", [b"x" * 100, b"x" * (len(TAR) + 1)], ids=["shorter", "longer"])
-def test_a_part_with_wrong_bytes_is_thrown_away_and_the_same_source_read_from_its_start(server, tmp_path, junk):
+def test_a_part_with_wrong_bytes_is_discarded_and_the_same_source_read_from_its_start(server, tmp_path, junk):
     (tmp_path / f"{NAME}.part").write_bytes(junk)
     download_voc(tmp_path, sources=[server.url("good")])
     assert_complete(tmp_path)
@@ -223,7 +223,7 @@ def test_a_source_with_the_wrong_md5_is_followed_by_the_next_from_its_start(serv
     assert server.requests == [("wrong", None), ("good", None)]
 
 
-def test_a_web_page_does_not_replace_what_is_there_already(server, tmp_path):
+def test_a_web_page_does_not_replace_an_earlier_part(server, tmp_path):
     (tmp_path / f"{NAME}.part").write_bytes(TAR[:1000])
     download_voc(tmp_path, sources=[server.url("page"), server.url("good")])
     assert_complete(tmp_path)
@@ -274,7 +274,7 @@ def test_the_default_sources_are_torchvisions_own_and_then_every_mirror_once(tmp
 
 
 @pytest.mark.parametrize("name", ["../evil", "../../evil", "VOCdevkit/../../evil"])
-def test_a_member_that_climbs_out_is_refused_by_name_and_nothing_is_written(server, tmp_path, monkeypatch, name):
+def test_a_member_outside_the_folder_is_refused_by_name_and_nothing_is_written(server, tmp_path, monkeypatch, name):
     root = tmp_path / "a" / "b" / "root"
     root.mkdir(parents=True)
     content = make_tar({f"VOCdevkit/VOC2012/{file}": FILES[file] for file in FILES} | {name: b"evil"}, prefix="")
@@ -288,7 +288,7 @@ def test_a_member_that_climbs_out_is_refused_by_name_and_nothing_is_written(serv
     )
 
 
-def test_a_link_that_leads_out_is_refused(tmp_path, monkeypatch):
+def test_a_link_out_of_the_folder_is_refused(tmp_path, monkeypatch):
     buffer = BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         link = tarfile.TarInfo("VOCdevkit/VOC2012/JPEGImages")
@@ -302,10 +302,10 @@ def test_a_link_that_leads_out_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "content",
-    [TAR[:100_000], b"not a tar" * 1000, make_tar({"JPEGImages/a.jpg": b"picture"})],
+    [TAR[:100_000], b"not a tar" * 1000, make_tar({"JPEGImages/a.jpg": b"image"})],
     ids=["truncated", "garbage", "without masks"],
 )
-def test_a_tar_that_cannot_serve_is_named_and_leaves_no_folder(tmp_path, monkeypatch, content):
+def test_an_unusable_tar_is_named_and_leaves_no_folder(tmp_path, monkeypatch, content):
     (tmp_path / NAME).write_bytes(content)
     expect(monkeypatch, content)
     with pytest.raises(InputError) as caught:
@@ -315,7 +315,7 @@ def test_a_tar_that_cannot_serve_is_named_and_leaves_no_folder(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_an_extraction_that_stops_half_way_leaves_no_folder_and_is_done_again(tmp_path, monkeypatch, error):
+def test_an_interrupted_extraction_leaves_no_folder_and_is_repeated(tmp_path, monkeypatch, error):
     (tmp_path / NAME).write_bytes(TAR)
     expect(monkeypatch, TAR)
     makefile = tarfile.TarFile.makefile
@@ -336,7 +336,7 @@ def test_an_extraction_that_stops_half_way_leaves_no_folder_and_is_done_again(tm
     assert_complete(tmp_path)
 
 
-def test_what_a_killed_extraction_left_is_not_taken_for_the_data(tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_extraction_are_not_mistaken_for_the_data(tmp_path, monkeypatch):
     (tmp_path / NAME).write_bytes(TAR)
     expect(monkeypatch, TAR)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a kill cleans nothing up
@@ -361,7 +361,7 @@ def test_a_users_incomplete_folder_is_refused_and_left_alone(server, tmp_path):
     assert server.requests == []
 
 
-def test_two_that_start_together_download_and_extract_once(server, tmp_path, monkeypatch):
+def test_two_processes_that_start_together_download_and_extract_once(server, tmp_path, monkeypatch):
     extractions, extract = [], tarfile.TarFile.extractall
 
     def counted(self, *args, **kwargs):
@@ -390,7 +390,7 @@ def test_a_full_disk_names_the_folder_and_tries_no_other_source(server, tmp_path
     assert server.requests == [("good", None)]
 
 
-def test_a_root_that_cannot_be_made_is_named(tmp_path):
+def test_a_root_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(InputError, match=r"file.data: cannot be written to \(.*--data_root"):
+    with pytest.raises(InputError, match=r"file.data: cannot be written \(.*--data_root"):
         download_voc(tmp_path / "file" / "data")

@@ -4,13 +4,16 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+import main
 from tests.conftest import ROOT, TINY
 from utils.benchmark import experiments
 from utils.errors import InputError
@@ -32,7 +35,7 @@ def make_list(tmp_path):
 
 @pytest.fixture
 def fake_run(tmp_path):
-    """What a finished run leaves, but for its weights: validations of these mIoUs, and a test of these class IoUs."""
+    """Writes what a finished run leaves, except weights: validations with these mIoUs and a test with these IoUs."""
 
     def make(name, *, mious, ious=None, itr=5000, boundary=None, **options):
         folder = tmp_path / "runs" / name
@@ -58,7 +61,7 @@ def write_csv(path, rows):
 
 
 def table_of(path):
-    """The rows of the markdown table by label, as dicts."""
+    """Reads the rows of the markdown table by label, as dicts."""
     lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
@@ -89,10 +92,25 @@ def test_a_list_becomes_runs_in_order_with_shared_flags_first(make_list):
     ]
 
 
+class MainHere:
+    """Replaces `subprocess.Popen`: runs main.py in this process, without a new Python that imports torch again."""
+
+    def __init__(self, command, cwd):
+        assert command[1] == "main.py" and cwd == ROOT
+        self.arguments = command[2:]
+
+    def wait(self):
+        try:
+            main.main(self.arguments)
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+
 def test_runs_go_once_go_on_where_they_stopped_and_end_in_a_table(make_list, folder, tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(Popen=MainHere))
     flags = f"--dataset folder --data_root {folder} --total_itrs 2 {' '.join(TINY)}"
-    path = make_list("wrong: --data_root no_such_folder", "small: --random_seed 1,2", shared=flags)
+    path = make_list("wrong: --ckpt no_such_file", "small: --random_seed 1,2", shared=flags)
     with pytest.raises(SystemExit) as stop:  # a text: Python prints it on stderr and exits with 1
         experiments.main([str(path), "--test_split", "val", "--classes", "car"])
     assert stop.value.code.startswith("experiments.py: error: failed: wrong_s1 (exit code 2);")
@@ -114,7 +132,7 @@ def test_runs_go_once_go_on_where_they_stopped_and_end_in_a_table(make_list, fol
     assert get_parser().parse_args(shlex.split(command)[2:]).run_name == "small_s1"
 
     (tmp_path / "runs" / "small_s2" / "test_val" / "class_iou.csv").unlink()  # as if interrupted before its test
-    path.write_text(path.read_text().replace("wrong: --data_root no_such_folder\n", ""))
+    path.write_text(path.read_text().replace("wrong: --ckpt no_such_file\n", ""))
     one, two = tmp_path / "runs" / "small_s1", tmp_path / "runs" / "small_s2"
     kept = [*(file for file in one.rglob("*") if file.is_file()), two / "log.txt", two / "best.pth"]
     before = [file.stat().st_mtime_ns for file in kept]
@@ -146,6 +164,14 @@ def test_the_table_has_mean_and_deviation_over_the_seeds(make_list, fake_run, tm
     assert (first["label"], first["seed"], first["run"]) == ("a|b", "1", "a_b_s1")
     assert (first["best val mIoU"], first["train seconds"], first["peak memory MB"]) == ("0.5", "120.0", "200.0")
     assert third["best val mIoU"] == third["test mIoU"] == ""
+
+
+@pytest.fixture
+def tested(folder):
+    """The flags for a data set that also has the list test."""
+    lists = folder / "ImageSets" / "Segmentation"
+    shutil.copy(lists / "val.txt", lists / "test.txt")
+    return f"--dataset folder --data_root {folder}"
 
 
 @pytest.fixture
@@ -186,7 +212,7 @@ def test_a_run_may_save_before_the_list_ends(make_list, folder, tmp_path, to_the
     next(line for line in process.stdout if "Itrs 2/" in line)
     (os.killpg if to_the_group else os.kill)(process.pid, signal.SIGTERM)
     rest = process.stdout.read()
-    assert process.wait(20) == 143 and "with --continue_training goes on" in rest
+    assert process.wait(20) == 143 and "Add --continue_training to resume" in rest
     assert (tmp_path / "runs/a_s1/latest.pth").is_file()
 
 
@@ -200,18 +226,18 @@ def test_flags_that_main_refuses_are_refused_before_any_run(make_list, commands,
     assert "line" in (error := capsys.readouterr().err) and words in error
 
 
-def test_a_run_killed_for_memory_does_not_stop_the_list(make_list, commands, tmp_path):
+def test_a_run_killed_for_memory_does_not_stop_the_list(make_list, tested, commands, tmp_path):
     commands[1][1] = -9
     with pytest.raises(SystemExit, match="failed: a_s1 .exit code 137.;"):
-        experiments.main([str(make_list("a:", "b:"))])
+        experiments.main([str(make_list("a:", "b:", shared=tested))])
     asked = [(opts.run_name, opts.test_only, opts.val_split) for opts in commands[0]]
     assert asked == [("a_s1", False, "val"), ("b_s1", False, "val"), ("b_s1", True, "test")]
     assert commands[0][-1].ckpt == str(tmp_path / "runs" / "b_s1" / "best.pth")
 
 
-def test_a_model_that_was_not_finished_is_tested_again(make_list, fake_run, commands):
+def test_a_model_that_was_not_finished_is_tested_again(make_list, tested, fake_run, commands):
     fake_run("a_s1", mious=[0.5], ious={"sky": 0.2}, itr=10)
-    experiments.main([str(make_list("a:"))])
+    experiments.main([str(make_list("a:", shared=tested))])
     assert [opts.test_only for opts in commands[0]] == [False, True]
 
 
@@ -242,7 +268,7 @@ def test_flags_that_change_no_result_may_differ(make_list, fake_run):
         (["--lr 1"], ["line 4", "no label"]),
         ([": --lr 1"], ["line 4", "no label"]),
         (["--data_root C:/x"], ["line 4", "no label"]),
-        (["a: --random_seed 1,x"], ["line 4", "--random_seed", "1,x"]),
+        (["a: --random_seed 1,x"], ["line 4", "--random_seed", "'x'"]),
         (["a: --total_itrs many"], ["line 4", "--total_itrs", "many"]),
         (["a: --run_name=b"], ["line 4", "--run_name", "leave it out"]),
         (["a: --data_root 'x"], ["line 4", "quotation"]),
@@ -263,7 +289,7 @@ def test_bad_flags_are_refused(make_list, fake_run, tmp_path, capsys):
     path = make_list("a:")
     assert "cannot be written" in refused(capsys, path, "--table", tmp_path / "no" / "x.md")
     fake_run("a_s1", mious=[0.5], ious={"sky": 0.2, "car": 0.6})
-    assert "--classes dog: is not a class; there are sky, car" in refused(capsys, path, "--classes", "sky,dog")
+    assert "--classes dog: is not a class; choose from sky, car" in refused(capsys, path, "--classes", "sky,dog")
 
 
 def test_a_file_of_a_run_that_is_not_whole_is_named(make_list, fake_run, capsys):
@@ -288,4 +314,4 @@ def test_a_list_to_test_on_that_is_not_there_is_found_before_the_training(make_l
         experiments.main([str(path)])
     assert "small_s1 (exit code 2)" in stop.value.code
     assert "test.txt: there is no such split list" in (err := capfd.readouterr().err)
-    assert "--test_split names another list to test on, or none" in err and not (tmp_path / "runs").exists()
+    assert "give another --test_split, or none" in err and not (tmp_path / "runs").exists()

@@ -22,9 +22,10 @@ from tests.conftest import ROOT, TINY, before, write_voc_layout
 from tests.test_checkpoint import Malicious, complete
 from tests.test_resume import history, same
 from utils import loss
-from utils.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from utils.checkpoint import load_newest, save_checkpoint
 from utils.errors import InputError, SampleError
-from utils.files import keep_as
+from utils.files import copy_atomically
+from utils.weights.load import load_checkpoint
 
 KILLS = int(os.environ.get("SEG_KILLS", "3"))
 
@@ -64,15 +65,18 @@ def start(runs, tmp_path, capfd):
 
 @pytest.fixture
 def refused(start, capfd):
-    """Runs main.py; returns the one line that all of the process left on stderr."""
+    """Runs main.py; returns the one line that all of the process left on stderr, and the closing line on stdout."""
 
     def run(*arguments):
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             start(*arguments)
-        lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+        out, err = capfd.readouterr()
+        lines = [line for line in err.splitlines() if line.strip()]
         assert stop.value.code == 2 and len(lines) == 1, lines
-        return lines[0]
+        closing = [line for line in out.splitlines() if line.startswith(("Kept: ", "No checkpoint"))]
+        assert closing in ([], out.splitlines()[-1:])
+        return "\n".join(lines + closing)
 
     return run
 
@@ -115,8 +119,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(runs, half, star
     there = latest.exists() and latest.read_bytes()
     _, out = start("--total_itrs", 6, "--continue_training")
     (warning,) = [line for line in out.splitlines() if line.startswith("warning")]
-    assert f"{latest}: " in warning and f"the run goes on from {previous}" in warning
-    assert any(word in warning for word in ("cut short", "no checkpoint", "no such file"))
+    assert f"{latest}: " in warning and f"resuming from {previous}" in warning
+    assert any(word in warning for word in ("may be incomplete", "not a checkpoint", "no such file"))
     assert warning in (half / "log.txt").read_text() and "Itrs 3/6" in out
     assert load_checkpoint(previous)["cur_itrs"] == 4
     assert_same_run(half, runs / "whole")
@@ -133,7 +137,7 @@ def test_a_run_without_a_checkpoint_that_loads_is_refused(half, refused):
     overwrite(previous)
     listing = sorted(half.iterdir())
     line = refused(*flags)
-    assert f"{latest}: cannot be read" in line and f"nor does {previous} load" in line
+    assert f"{latest}: cannot be read" in line and f"{previous} does not load either" in line
     assert sorted(half.iterdir()) == listing
 
 
@@ -149,8 +153,8 @@ def test_the_checkpoint_before_is_kept_with_and_without_hard_links(tmp_path, mon
         save_checkpoint(tmp_path / "a.pth", complete(cur_itrs=itr), keep_previous=True)
     assert load_checkpoint(tmp_path / "a.pth")["cur_itrs"] == 2
     assert load_checkpoint(tmp_path / "a.prev.pth")["cur_itrs"] == 1
-    keep_as(tmp_path / "a.pth", tmp_path / "a.prev.pth")
-    keep_as(tmp_path / "a.pth", tmp_path / "a.prev.pth")  # with links, one file is renamed to itself
+    copy_atomically(tmp_path / "a.pth", tmp_path / "a.prev.pth")
+    copy_atomically(tmp_path / "a.pth", tmp_path / "a.prev.pth")  # with links, one file is renamed to itself
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.prev.pth", "a.pth"]
 
 
@@ -172,7 +176,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(runs, half, s
         before(patch, "evaluate", 1, fill)
         line = refused("--total_itrs", 6, "--continue_training")
     assert f"{path}: cannot be written (No space left on device)" in line
-    assert f"{half / 'latest.pth'} of iteration 4 is kept" in line and "--continue_training" in line
+    assert f"\nKept: {half / 'latest.pth'} of iteration 4. Add --continue_training to resume." in line
     if name == "log.txt":
         path.unlink()
     assert_whole(half, 4)
@@ -189,7 +193,7 @@ def test_a_limit_on_file_sizes_is_met_in_one_line(half, refused, monkeypatch):
         line = refused("--total_itrs", 6, "--continue_training")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "(File too large)" in line and "latest.pth of iteration 4 is kept" in line
+    assert "(File too large)" in line and "a/latest.pth of iteration 4. Add" in line
     assert_whole(half, 4)
 
 
@@ -197,7 +201,7 @@ def test_a_disk_that_is_full_at_the_first_latest_points_to_the_best(refused, sta
     before(monkeypatch, "evaluate", 1, lambda *_: (tmp_path / "a/latest.pth.tmp").symlink_to("/dev/full"))
     line = refused("--total_itrs", 4)
     best = tmp_path / "a/best.pth"
-    assert f"{best} of iteration 2 is kept" in line and f"with --ckpt {best} --continue_training" in line
+    assert f"Kept: {best} of iteration 2. Add --ckpt {best} --continue_training to resume." in line
     _, out = start("--total_itrs", 4, "--ckpt", best, "--continue_training")
     assert "Itrs 3/4" in out and "Itrs 2/4" not in out
 
@@ -210,7 +214,7 @@ def test_a_signal_on_a_full_disk_ends_in_one_line(refused, tmp_path, monkeypatch
     before(monkeypatch, "torch.utils.data.DataLoader.__iter__", 1, stop)
     line = refused("--total_itrs", 2)
     assert "latest.pth: cannot be written (No space left" in line
-    assert "once it can be: there is no checkpoint" in line and "begins anew" in line
+    assert "No checkpoint was saved: the same command starts from the beginning." in line
 
 
 def test_a_folder_that_became_read_only_ends_the_run_in_one_line(half, refused, monkeypatch):
@@ -224,7 +228,7 @@ def test_a_folder_that_became_read_only_ends_the_run_in_one_line(half, refused, 
     with monkeypatch.context() as patch:
         before(patch, "evaluate", 1, lambda *_: patch.setattr(Path, "open", read_only))
         line = refused("--total_itrs", 6, "--continue_training")
-    assert "a/log.txt: cannot be written (Read-only file system)" in line and "latest.pth of iteration 4" in line
+    assert "a/log.txt: cannot be written (Read-only file system)" in line and "latest.pth of iteration 4." in line
     assert_whole(half, 4)
 
 
@@ -232,7 +236,7 @@ def test_a_folder_that_became_read_only_ends_the_run_in_one_line(half, refused, 
 def test_a_folder_that_vanishes_ends_the_run_in_one_line(half, refused, monkeypatch, name):
     before(monkeypatch, name, 1, lambda *_: shutil.rmtree(half))
     line = refused("--total_itrs", 6, "--continue_training")
-    assert f"{half}/" in line and "(No such file or directory); once it can be: there is no checkpoint" in line
+    assert f"{half}/" in line and "(No such file or directory); free" in line and "No checkpoint was saved" in line
     assert not half.exists()
 
 
@@ -258,7 +262,7 @@ def test_weights_that_are_not_finite_are_never_saved(runs, half, refused, start,
     with monkeypatch.context() as patch:
         before(patch, "forward_backward", 2, overflow)
         line = refused("--total_itrs", 6, "--continue_training")
-    assert ".pth: not saved, for the weights are not finite after iteration 6" in line
+    assert ".pth: not saved, because the weights are not finite after iteration 6" in line
     assert "--lr" in line and "--amp off" in line
     assert_whole(half, 4)
     start("--total_itrs", 6, "--continue_training")
@@ -298,12 +302,12 @@ def swap(path, damage):
 
 
 BAD = [
-    ("JPEGImages/a2.jpg", halve, "cannot be read as a picture"),
+    ("JPEGImages/a2.jpg", halve, "cannot be read as an image"),
     ("JPEGImages/a2.jpg", lambda path: path.write_bytes(b""), "it is empty"),
-    ("JPEGImages/a2.jpg", bomb, "cannot be read as a picture"),
-    ("JPEGImages/a2.jpg", lambda path: path.write_text("no picture"), "cannot be read as a picture"),
+    ("JPEGImages/a2.jpg", bomb, "cannot be read as an image"),
+    ("JPEGImages/a2.jpg", lambda path: path.write_text("no picture"), "cannot be read as an image"),
     ("SegmentationClass/a2.png", halve, "cannot be read as a mask"),
-    ("SegmentationClass/a2.png", enlarge, "must be of one size"),
+    ("SegmentationClass/a2.png", enlarge, "must have the same size"),
     ("SegmentationClass/a2.png", stray, "value 77 is neither a class"),
 ]
 
@@ -326,7 +330,10 @@ def test_a_sample_that_goes_bad_is_named_and_what_was_trained_is_saved(
         line = refused(*flags)
     assert str(data / name) in line and words in line and "--skip_bad" in line
     itr = load_checkpoint(tmp_path / "a/latest.pth")["cur_itrs"]
-    assert 3 <= itr <= 8 and f"latest.pth is of iteration {itr}, and --continue_training goes on" in line
+    assert (
+        3 <= itr <= 8
+        and f"Kept: {tmp_path / 'a/latest.pth'} of iteration {itr}. Add --continue_training to resume." in line
+    )
     _, out = start(*flags, "--continue_training", "--skip_bad")
     assert f"left out: {data / name}: " in out and words in out
     assert "train: 1 of 6 samples left out" in out and "val: 0 of 3 samples left out" in out
@@ -346,7 +353,7 @@ def test_bad_samples_are_refused_by_name_or_left_out_and_counted(data, name, dam
     assert dataset.ids == ["a1", "a3", "a4", "a5", "a6"] and len(dataset) == 5
     assert [path.stem for path in (*dataset.images, *dataset.masks)] == dataset.ids * 2
     assert len([dataset[index] for index in range(len(dataset))]) == 5
-    with pytest.raises(InputError, match="not one of the 5 samples of this split can be used"):
+    with pytest.raises(InputError, match="none of the 5 samples of this split can be used"):
         dataset.leave_out(range(5))
 
 
@@ -385,21 +392,23 @@ def test_too_little_memory_says_what_to_lower_and_keeps_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(loss, "cross_entropy", exhaust)
         line = refused("--total_itrs", 6, "--continue_training")
-    assert "iteration 6: the device's memory does not suffice for 2 crops of 33 pixels at a time" in line
-    assert "lower --batch_size" in line and "latest.pth of iteration 4 is kept, and the same command" in line
+    assert "iteration 6: the device's memory is too small for 2 crops of 33 pixels at a time" in line
+    assert "lower --batch_size" in line and "latest.pth of iteration 4. Add --continue_training" in line
     assert_whole(half, 4)
     start("--total_itrs", 6, "--continue_training")
     assert_same_run(half, runs / "whole")
 
 
-def test_too_little_memory_at_the_first_step_leaves_nothing(refused, tmp_path, monkeypatch):
+def test_too_little_memory_at_the_first_step_leaves_the_name_free(refused, start, tmp_path, monkeypatch):
     def exhaust(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     before(monkeypatch, "forward_backward", 1, exhaust)
     line = refused("--total_itrs", 6, "--batch_size", 4)
-    assert "for 4 crops of 33 pixels at a time: give --grad_accum 2, lower --crop_size, or give --amp auto" in line
-    assert not (tmp_path / "a").exists()
+    assert "for 4 crops of 33 pixels at a time; give --grad_accum 2, lower --crop_size, or give --amp auto" in line
+    assert not list((tmp_path / "a").glob("*.pth")) and "No checkpoint was saved" in line
+    monkeypatch.undo()
+    start("--total_itrs", 1)  # the name is free
 
 
 # --- a kill ---
@@ -502,4 +511,4 @@ def test_a_checkpoint_whose_weights_are_another_models_is_refused_by_name(runs, 
     torch.save(content, tmp_path / "other.pth")
     flags = ("--ckpt", tmp_path / "other.pth", "--model", "deeplabv3_mobilenet_v3_large")
     for more in (["--test_only"], ["--continue_training"]):
-        assert f"--ckpt {tmp_path / 'other.pth'}: its weights do not fit" in refused(*flags, *more)
+        assert f"--ckpt {tmp_path / 'other.pth'}: the weights do not fit" in refused(*flags, *more)

@@ -23,7 +23,11 @@ def test_labels_file_of_labelme_may_list_its_ignored_class(folder):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "missing; write one class name a line"), ("a\nb\na\n", "'a' stands there twice"), ("a\n", "1 classes")],
+    [
+        (None, "missing; write one class name per line"),
+        ("a\nb\na\n", "'a' is listed twice"),
+        ("a\n", "lists 1 classes"),
+    ],
 )
 def test_unusable_class_names_are_refused(folder, text, message):
     path = folder / "class_names.txt"
@@ -39,44 +43,44 @@ def test_older_labelme_folder_of_masks_is_found(folder):
     assert FolderSegmentation(folder).masks[0].parent.name == "SegmentationClassPNG"
 
 
-def test_older_labelme_folder_alone_will_do(folder):
+def test_older_labelme_folder_works_alone(folder):
     (folder / "SegmentationClass").rename(folder / "SegmentationClassPNG")
     assert len(FolderSegmentation(folder)) == 4
 
 
-def test_photographs_may_be_of_another_format(folder):
+def test_images_may_have_another_format(folder):
     for path in list((folder / "JPEGImages").iterdir()):
-        with Image.open(path) as picture:
-            picture.save(path.with_suffix(".PNG"), format="PNG")
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".PNG"), format="PNG")
         path.unlink()
     assert FolderSegmentation(folder)[0][0].shape == (3, 40, 52)
 
 
-def test_mask_of_another_size_than_its_picture_is_refused_with_both_sizes(folder):
+def test_mask_of_another_size_than_its_image_is_refused_with_both_sizes(folder):
     write_picture(folder / "SegmentationClass" / "a1.png", np.zeros((40, 51), np.uint8))
-    with pytest.raises(InputError, match=r"a1\.png: the mask is 51x40, its picture 52x40"):
+    with pytest.raises(InputError, match=r"a1\.png: the mask is 51x40, its image 52x40"):
         FolderSegmentation(folder)[0]
 
 
 def test_colours_are_those_of_the_masks_own_palette(folder):
     own = np.arange(768, dtype=np.uint8).reshape(256, 3)[::-1]
     for path in (folder / "SegmentationClass").glob("*.png"):
-        with Image.open(path) as picture:
-            picture.putpalette(own.tobytes())
-            picture.save(path)
+        with Image.open(path) as image:
+            image.putpalette(own.tobytes())
+            image.save(path)
     palette = FolderSegmentation(folder).palette
     assert (palette[:4] == own[:4]).all() and (palette[255] == own[255]).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "grey ramp", "all black"])
-def test_masks_without_telling_colours_get_those_of_voc(folder, mode):
+def test_masks_without_distinct_colours_get_those_of_voc(folder, mode):
     for path in (folder / "SegmentationClass").glob("*.png"):
-        picture = Image.fromarray(np.array(Image.open(path)))
+        image = Image.fromarray(np.array(Image.open(path)))
         if mode == "grey ramp":
-            picture.putpalette(np.repeat(np.arange(256, dtype=np.uint8), 3).tobytes())
+            image.putpalette(np.repeat(np.arange(256, dtype=np.uint8), 3).tobytes())
         elif mode == "all black":
-            picture.putpalette(bytes(768))
-        picture.save(path)
+            image.putpalette(bytes(768))
+        image.save(path)
     assert (FolderSegmentation(folder).palette == voc_colormap()).all()
 
 
@@ -97,7 +101,7 @@ def test_without_lists_the_ids_are_divided_80_to_20_by_the_seed(without_lists):
     assert FolderSegmentation(without_lists, "val", seed=4).ids != val.ids
 
 
-def test_division_gives_each_side_one_image_at_least_and_writes_nothing(without_lists):
+def test_division_gives_each_side_at_least_one_image_and_writes_nothing(without_lists):
     for name in ("a3", "a4", "b1", "b2", "b3"):
         (without_lists / "SegmentationClass" / f"{name}.png").unlink()
     before = sorted(without_lists.rglob("*"))
@@ -105,20 +109,20 @@ def test_division_gives_each_side_one_image_at_least_and_writes_nothing(without_
     assert sorted(without_lists.rglob("*")) == before
 
 
-def test_lists_of_an_earlier_division_are_taken_up_again(without_lists, tmp_path):
+def test_lists_of_an_earlier_division_are_used_again(without_lists, tmp_path):
     (tmp_path / "val.txt").write_text("a4\n")
     assert FolderSegmentation(without_lists, "val", lists=tmp_path).ids == ["a4"]
 
 
 def test_without_lists_there_is_no_test_split(without_lists):
-    with pytest.raises(InputError, match=r"'test'.*train and val only"):
+    with pytest.raises(InputError, match=r"'test'.*only train and val"):
         FolderSegmentation(without_lists, "test")
 
 
 def test_one_mask_cannot_be_divided(without_lists):
     for path in list((without_lists / "SegmentationClass").glob("*.png"))[1:]:
         path.unlink()
-    with pytest.raises(InputError, match="1 masks; it takes 2"):
+    with pytest.raises(InputError, match="has 1 masks; at least 2"):
         FolderSegmentation(without_lists)
 
 

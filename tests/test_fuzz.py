@@ -40,8 +40,8 @@ from datasets.transforms import MEAN_COLOUR, crop_val_transform, train_transform
 from utils.engine import MAX_SCALE, parse_tta
 from utils.errors import InputError
 from utils.metrics import ConfusionMatrix
-from utils.options import get_parser, require_fitting
-from utils.pictures.predict import read_any
+from utils.options import check_options, get_parser
+from utils.pictures.predict import read_upright
 
 FUZZ = int(os.environ.get("SEG_FUZZ", 200))
 SECONDS = 30  # that one input may take
@@ -49,7 +49,7 @@ MEMORY = 4 << 20  # KiB that a test may take at its peak; Pillow's limit of 179 
 CLASSES = 4
 READERS = {
     "read_image": read_image,
-    "read_any": read_any,
+    "read_upright": read_upright,
     "read_mask": lambda path: read_mask(path, CLASSES),
     "read_size": read_size,
 }
@@ -312,7 +312,7 @@ def test_a_bomb_is_refused_by_name_before_it_takes_memory(tmp_path, bomb, reader
     path.write_bytes(BOMBS[bomb])
     reset_peak()
     before = peak_memory()
-    with pytest.raises(InputError, match=r"bomb\.png: cannot be read as a (picture|mask) \(.*\); replace it, or "):
+    with pytest.raises(InputError, match=r"bomb\.png: cannot be read as (an image|a mask) \(.*\); replace it or "):
         READERS[reader](path)
     assert peak_memory() - before < 30 << 10
 
@@ -464,7 +464,7 @@ def command_line(rng: random.Random) -> list[str]:
 
 
 def parse(argv: list[str]) -> None:
-    require_fitting(get_parser().parse_args(argv))
+    check_options(get_parser().parse_args(argv))
 
 
 def test_any_command_line_is_parsed_or_refused(tally):
@@ -719,6 +719,6 @@ def test_a_list_of_one_huge_line_is_refused_in_a_short_line(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes(b"x" * (20 << 20) + b"\ny")
     for reader in (read_ids, read_class_names):
-        with pytest.raises(InputError, match=r"list\.txt: .*'x+'\.\.\. has over") as caught:
+        with pytest.raises(InputError, match=r"list\.txt: .*'x+'\.\.\. is longer than") as caught:
             reader(path)
         assert len(str(caught.value)) < 300 + len(str(path))

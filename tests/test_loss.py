@@ -19,8 +19,8 @@ from utils.loss import (
 
 WEIGHTS = torch.tensor([0.5, 1.0, 3.0, 2.0])
 WEIGHED = [name for name in LOSSES if name != "lovasz_softmax"]
-# What a loss answers at the predictions of `batch`, apart from the formula that all share with it.
-SETTINGS = {"focal_gamma": 1.5, "ohem_threshold": 0.4, "ohem_keep": 0.3}
+# Settings under which each loss differs from the others at the predictions of `batch`.
+SETTINGS = {"gamma": 1.5, "threshold": 0.4, "keep": 0.3}
 
 
 def batch(void=0.3, dtype=torch.float64, seed=0):
@@ -66,7 +66,7 @@ def plain_dice(logits, target):
 
 
 def plain_lovasz(logits, target):
-    """After the definition: the Jaccard loss of each set of the worst pixels, counted anew."""
+    """Follows the definition: counts the Jaccard loss of each set of the worst pixels from scratch."""
     probabilities, labels = plain_pixels(logits, target)
     losses = []
     for c in np.unique(labels):
@@ -102,14 +102,14 @@ def test_loss_is_its_formula_over_the_valid_pixels(loss_type, seed):
 @pytest.mark.parametrize("loss_type", WEIGHED)
 def test_weighted_loss_is_its_formula_divided_by_the_valid_pixels(loss_type):
     logits, target = batch()
-    loss = build_loss(loss_type, **SETTINGS, class_weights=WEIGHTS)(logits, target)
+    loss = build_loss(loss_type, **SETTINGS, weights=WEIGHTS)(logits, target)
     assert loss.item() == pytest.approx(PLAIN[loss_type](logits, target, WEIGHTS), rel=1e-9)
 
 
 @pytest.mark.parametrize("loss_type", WEIGHED)
 def test_weights_of_one_change_nothing(loss_type):
     logits, target = batch()
-    weighted = build_loss(loss_type, class_weights=torch.ones(4))(logits, target)
+    weighted = build_loss(loss_type, weights=torch.ones(4))(logits, target)
     assert weighted.item() == build_loss(loss_type)(logits, target).item()
 
 
@@ -124,9 +124,9 @@ def test_a_weight_counts_in_a_batch_of_one_class_too():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_weights_may_be_of_any_float_dtype(loss_type, dtype):
     logits, target = batch(dtype=torch.bfloat16)
-    loss = build_loss(loss_type, class_weights=WEIGHTS.to(dtype))(logits, target)
+    loss = build_loss(loss_type, weights=WEIGHTS.to(dtype))(logits, target)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, build_loss(loss_type, class_weights=WEIGHTS)(logits.float(), target))
+    torch.testing.assert_close(loss, build_loss(loss_type, weights=WEIGHTS)(logits.float(), target))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
@@ -161,7 +161,7 @@ def test_limits_of_the_other_losses_are_cross_entropy(loss, options, weights):
 def test_gamma_defaults_to_2_and_its_flag_is_read():
     logits, target = batch()
     assert focal_loss(logits, target).item() == pytest.approx(plain_focal(logits, target, 2), rel=1e-9)
-    flag = build_loss("focal_loss", focal_gamma=3.0)(logits, target).item()
+    flag = build_loss("focal_loss", gamma=3.0)(logits, target).item()
     assert flag == pytest.approx(plain_focal(logits, target, 3), rel=1e-9)
 
 
@@ -204,10 +204,10 @@ def test_batches_of_one_class_are_finite(loss_type, void):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("size", [2, 200])
 def test_gradients_are_finite_where_the_prediction_is_certain(loss_type, gamma, size):
-    # Right, void, wrong, and undecided; the third class is neither there nor deemed possible.
+    # Right, void, wrong, and undecided; the third class is neither present nor considered possible.
     logits = torch.tensor([[1.0, 1, 1, 0], [-1, -1, -1, 0], [-1, -1, -1, -2]]).view(1, 3, 1, 4) * size
     logits.requires_grad_()
-    loss = build_loss(loss_type, focal_gamma=gamma)(logits, torch.tensor([[[0, 255, 1, 1]]]))
+    loss = build_loss(loss_type, gamma=gamma)(logits, torch.tensor([[[0, 255, 1, 1]]]))
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
 
@@ -219,7 +219,7 @@ def test_gradients_are_those_of_the_function(loss_type, weights):
     if loss_type not in WEIGHED:
         weights = None
     for gamma in (0.5, 2.0):
-        loss = build_loss(loss_type, focal_gamma=gamma, class_weights=weights)
+        loss = build_loss(loss_type, gamma=gamma, weights=weights)
         assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, target), logits)
 
 
@@ -243,16 +243,16 @@ def test_float32_is_as_good_as_float64(loss_type):
 def test_target_may_be_of_any_integer_dtype(loss_type, dtype):
     logits, target = batch()
     weights = WEIGHTS if loss_type in WEIGHED else None
-    loss = build_loss(loss_type, class_weights=weights)
+    loss = build_loss(loss_type, weights=weights)
     assert loss(logits, target.to(dtype)).item() == loss(logits, target).item()
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_the_host_never_waits_for_a_value(loss_type):
-    logits = torch.empty(2, 4, 5, 6, device="meta", requires_grad=True)  # has no values: who asks for one fails
+    logits = torch.empty(2, 4, 5, 6, device="meta", requires_grad=True)  # no values, so reading one fails
     weights = torch.empty(4, device="meta") if loss_type in WEIGHED else None
     target = torch.empty(2, 5, 6, device="meta", dtype=torch.uint8)
-    build_loss(loss_type, class_weights=weights)(logits, target).backward()
+    build_loss(loss_type, weights=weights)(logits, target).backward()
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -293,7 +293,7 @@ def test_mining_decides_on_the_probability_not_on_the_weight():
 
 
 def hard(labels, num_classes):
-    """Logits of a prediction that is certain."""
+    """Returns the logits of a prediction that is certain."""
     return (F.one_hot(labels, num_classes).movedim(-1, 1) * 400.0 - 200).requires_grad_()
 
 
@@ -301,7 +301,7 @@ def hard(labels, num_classes):
 def test_lovasz_softmax_of_a_hard_prediction_is_1_minus_mean_iou_of_the_classes_present(seed):
     generator = torch.Generator().manual_seed(seed)
     prediction = torch.randint(0, 5, (2, 4, 5), generator=generator)
-    target = torch.randint(0, 4, (2, 4, 5), generator=generator)  # class 4 is predicted and not there
+    target = torch.randint(0, 4, (2, 4, 5), generator=generator)  # class 4 is predicted but absent
     target[0, 0] = 255
     valid = target != 255
     ious = [
@@ -312,7 +312,7 @@ def test_lovasz_softmax_of_a_hard_prediction_is_1_minus_mean_iou_of_the_classes_
 
 
 def test_lovasz_softmax_keeps_its_precision_among_many_pixels():
-    # A pixel among 2^18 adds less to the Jaccard index than float32 keeps of a difference of two that are near 1.
+    # One pixel among 2^18 adds less to the Jaccard index than float32 resolves near 1.
     logits = torch.randn(1, 2, 512, 512, generator=torch.Generator().manual_seed(0)).requires_grad_()
     target = torch.zeros(1, 512, 512, dtype=torch.uint8)
     target[:, :4] = 1
@@ -331,7 +331,7 @@ def test_a_perfect_prediction_costs_nothing(loss):
     assert loss(logits, target).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_dice_weighs_a_class_alike_whatever_its_size():
+def test_dice_weighs_a_class_the_same_whatever_its_size():
     target = torch.zeros(1, 10, 10, dtype=torch.long)
     target[:, 0, 0] = 1
     missed = dice_cross_entropy(hard(torch.zeros_like(target), 2), target)
@@ -340,22 +340,22 @@ def test_dice_weighs_a_class_alike_whatever_its_size():
 
 
 def test_unknown_names_and_values_out_of_range_are_refused():
-    with pytest.raises(InputError, match="--loss_type dice: there are cross_entropy"):
+    with pytest.raises(InputError, match="--loss_type dice: .* choose one of cross_entropy"):
         build_loss("dice")
     for gamma in (-1, math.nan):
         with pytest.raises(InputError, match=f"--focal_gamma {gamma}: "):
-            build_loss("focal_loss", focal_gamma=gamma)
+            build_loss("focal_loss", gamma=gamma)
     for threshold in (0, -0.1, 1.1, math.nan):
-        with pytest.raises(InputError, match=f"--ohem_threshold {threshold}: it must be above 0 and at most 1"):
-            build_loss("ohem_cross_entropy", ohem_threshold=threshold)
+        with pytest.raises(InputError, match=f"--ohem_threshold {threshold}: must be above 0 and at most 1"):
+            build_loss("ohem_cross_entropy", threshold=threshold)
     for keep in (-0.1, 1.1, math.nan):
-        with pytest.raises(InputError, match=f"--ohem_keep {keep}: it must be 0 to 1"):
-            build_loss("ohem_cross_entropy", ohem_keep=keep)
+        with pytest.raises(InputError, match=f"--ohem_keep {keep}: must be 0 to 1"):
+            build_loss("ohem_cross_entropy", keep=keep)
 
 
 def test_class_weights_of_lovasz_softmax_are_refused():
     with pytest.raises(ValueError, match="it takes no class weights"):
-        build_loss("lovasz_softmax", class_weights=torch.ones(4))
+        build_loss("lovasz_softmax", weights=torch.ones(4))
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -374,6 +374,6 @@ def test_pieces_of_a_batch_give_what_the_whole_gives(loss_type, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 6), (2, 6, 5), (2, 5)])
-def test_logits_and_target_that_do_not_go_together_are_named_with_their_shapes(shape):
+def test_logits_and_target_that_do_not_match_are_named_with_their_shapes(shape):
     with pytest.raises(ValueError, match=r"logits \(2, 4, 5, 6\) and target \("):
         cross_entropy(batch()[0], torch.zeros(shape, dtype=torch.uint8))

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import torch
 from PIL import Image
 
 import main
+from network import build_model
 from tests.conftest import ROOT, TINY, assert_refused, run_main, write_picture
 from utils.engine import forward_backward
+from utils.environment import environment
 from utils.loss import LOSSES, build_loss
-from utils.options import folder_of_test, get_parser
-from utils.run import HISTORY, environment
+from utils.options import get_parser
+from utils.run import HISTORY, folder_of_test
 
 
 @pytest.fixture
@@ -139,7 +142,7 @@ def test_the_card_says_what_one_miou_does_not(start, tmp_path):
     scores, _ = start("--run_name", "a", "--total_itrs", 2)
     run = tmp_path / "runs" / "a"
     _, out = start("--test_only", "--ckpt", run / "best.pth", "--tta", "flip,0.5,1.0", "--val_split", "train")
-    assert "boundary IoU" in out and "images of lowest mIoU" in out and "(bootstrap over 4 images)" in out
+    assert "boundary IoU" in out and "images with the lowest mIoU" in out and "(bootstrap over 4 images)" in out
     card = json.loads((run / "test_train_tta_flip_0.5_1/card.json").read_text())
     assert card["ckpt"] == str(run / "best.pth") and card["tta"] == "flip,0.5,1.0" and card["comparable"]
     assert card["bootstrap"][0] <= card["mean_iou"] <= card["bootstrap"][1]
@@ -147,7 +150,7 @@ def test_the_card_says_what_one_miou_does_not(start, tmp_path):
     assert len(rows_of(run / "test_train_tta_flip_0.5_1/images.csv")) == 4
 
     _, out = start("--test_only", "--ckpt", run / "best.pth", "--crop_val")
-    assert "do not compare with those of whole pictures" in out
+    assert "not comparable with those of whole images" in out
     assert not json.loads((run / "test_val_crop33/card.json").read_text())["comparable"]
     start("--test_only", "--ckpt", run / "best.pth")
     card = json.loads((run / "test_val/card.json").read_text())
@@ -163,7 +166,7 @@ def test_a_model_of_stride_16_is_tested_at_stride_8(start, refused, tmp_path):
     assert finer != plain and (tmp_path / "runs/a/test_val_os8/card.json").is_file()
     start("--run_name", "m", "--total_itrs", 1)
     line = refused("--test_only", "--ckpt", tmp_path / "runs/m/best.pth", "--eval_output_stride", 8)
-    assert "MobileNetV3 has 16 only" in line
+    assert "MobileNetV3 supports 16 only" in line
 
 
 def test_class_weights_come_from_the_training_set_and_are_logged(start, refused, tmp_path):
@@ -197,11 +200,9 @@ def test_a_step_in_parts_has_the_gradients_of_the_whole(loss_type):
     losses, gradients = [], []
     for parts in (1, 2, 4):
         torch.manual_seed(0)
-        model = torch.nn.Conv2d(3, 5, 3, padding=1)
-        loss = forward_backward(
-            model, build_loss(loss_type), images=images, targets=targets,
-            scaler=torch.amp.GradScaler("cpu", enabled=False), amp=None, parts=parts,
-        )  # fmt: skip
+        model, scaler = torch.nn.Conv2d(3, 5, 3, padding=1), torch.amp.GradScaler("cpu", enabled=False)
+        net = lambda x, model=model: model(x / 255)  # noqa: E731
+        loss = forward_backward(net, build_loss(loss_type), images, targets, scaler=scaler, amp=None, parts=parts)
         losses.append(loss)
         gradients.append(model.weight.grad)
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
@@ -211,13 +212,13 @@ def test_a_step_in_parts_has_the_gradients_of_the_whole(loss_type):
 
 def test_a_step_in_parts_says_what_batch_normalisation_sees(start, refused):
     _, out = start("--run_name", "a", "--total_itrs", 2, "--batch_size", 4, "--grad_accum", 2)
-    assert "sees 2 images at a time, not 4" in out and "Itrs 2/2" in out
+    assert "sees 2 of 4 images at a time (because of --grad_accum)" in out and "Itrs 2/2" in out
     assert "--grad_accum 3: does not divide --batch_size 4" in refused("--batch_size", 4, "--grad_accum", 3)
     _, out = start(
         "--run_name", "b", "--total_itrs", 1, "--grad_accum", 2, "--batch_size", 4, "--loss_type", "lovasz_softmax"
     )
-    assert "lovasz_softmax is of 2 images at a time too" in out
-    assert "give 2 images or more a part" in refused("--batch_size", 2, "--grad_accum", 2)
+    assert "lovasz_softmax is computed on 2 images at a time" in out
+    assert "batch normalisation needs two or more" in refused("--batch_size", 2, "--grad_accum", 2)
 
 
 def test_compile_falls_back_with_one_warning(start, monkeypatch):
@@ -231,7 +232,7 @@ def test_compile_falls_back_with_one_warning(start, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", failing)
     _, out = start("--run_name", "b", "--total_itrs", 2, "--compile")
-    assert out.count("--compile: fails here, training goes on without (no compiler)") == 1
+    assert out.count("--compile: failed, training goes on without it (no compiler)") == 1
     losses = [[line for line in text.splitlines() if "Loss=" in line] for text in (plain, out)]
     assert losses[0] == losses[1]
 
@@ -241,7 +242,7 @@ def test_compiled_training_gives_what_plain_training_gives(start, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend="eager"))  # needs no C++ compiler
     runs = [start("--run_name", name, "--total_itrs", 2, *flags) for name, flags in (("a", []), ("b", ["--compile"]))]
     losses = [[line for line in out.splitlines() if "Loss=" in line] for _, out in runs]
-    assert losses[0] == losses[1] and "--compile: fails" not in runs[1][1]
+    assert losses[0] == losses[1] and "--compile: failed" not in runs[1][1]
 
 
 @pytest.mark.parametrize("text", ["flip,mirror", "0", "flip,flip"])
@@ -287,7 +288,7 @@ main.main({data!r})
 
 @pytest.mark.parametrize("flags", [["--tta", "flip"], ["--crop_val"], ["--eval_output_stride", "8"]])
 def test_flags_of_the_test_are_refused_in_training(refused, flags):
-    assert f"{flags[0]}: is for --test_only" in refused(*flags)
+    assert f"{flags[0]}: works with --test_only alone" in refused(*flags)
 
 
 def test_test_only_takes_any_list_and_the_runs_best_by_itself(start, tmp_path):
@@ -371,7 +372,7 @@ def test_training_needs_no_git(start, tmp_path, monkeypatch):
     def missing(*arguments, **keywords):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr("utils.run.subprocess.run", missing)
+    monkeypatch.setattr("utils.environment.subprocess.run", missing)
     environment.cache_clear()
     start("--run_name", "a", "--total_itrs", 1)
     assert json.loads((tmp_path / "runs/a/options.json").read_text())["git_commit"] is None
@@ -398,7 +399,7 @@ def test_fresh_start_never_overwrites_a_run(start, refused, tmp_path):
     start("--run_name", "a", "--total_itrs", 2)
     before = {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()}
     line = refused("--run_name", "a", "--total_itrs", 4)
-    assert "runs/a: that run exists" in line and "--continue_training" in line and "--run_name" in line
+    assert "runs/a: this run exists" in line and "--continue_training" in line and "--run_name" in line
     assert {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()} == before
 
 
@@ -410,13 +411,13 @@ def test_split_lists_that_were_made_are_kept_with_the_run_and_taken_up_again(fol
     lists = tmp_path / "runs/a/splits"
     train, val = ((lists / f"{name}.txt").read_text().split() for name in ("train", "val"))
     assert (len(train), len(val)) == (6, 1) and not set(train) & set(val)
-    assert "has no split lists: 1 ids divided off as val" in out
+    assert "has no split lists: 1 ids drawn for val" in out
     assert sorted(folder.rglob("*")) == before
     again, _ = start("--test_only", "--ckpt", tmp_path / "runs/a/best.pth", "--random_seed", 99)
     assert again == scores
     (tmp_path / "runs/a/best.pth").rename(tmp_path / "alone.pth")
     alone, out = start("--test_only", "--ckpt", tmp_path / "alone.pth", "--run_name", "b", "--random_seed", 99)
-    assert alone == scores and "1 ids divided off as val" in out
+    assert alone == scores and "1 ids drawn for val" in out
 
 
 def test_starting_from_weights_keeps_the_model_and_starts_the_count_anew(start, tmp_path):
@@ -428,9 +429,83 @@ def test_starting_from_weights_keeps_the_model_and_starts_the_count_anew(start, 
 
 def test_no_imagenet_download_when_a_checkpoint_is_given(folder, start, tmp_path, monkeypatch):
     start("--run_name", "a", "--total_itrs", 2)
-    monkeypatch.setattr("network.backbone.download", lambda weights: pytest.fail("downloads"))
+    monkeypatch.setattr("utils.weights.load.download", lambda weights: pytest.fail("downloads"))
     for flags in (["--test_only"], ["--run_name", "b", "--total_itrs", 1]):
         start("--backbone_weights", "imagenet", "--ckpt", tmp_path / "runs/a/best.pth", *flags)
+
+
+# --- the optimizer and its schedule ---
+
+
+@pytest.fixture
+def steps(start, monkeypatch):
+    """Trains and returns, for each step, the hyperparameters and the number of parameters of both groups."""
+
+    def run(itrs, *arguments):
+        seen, step = [], torch.optim.SGD.step
+
+        def spy(self, *more, **keywords):
+            seen.append([{**group, "params": len(group["params"])} for group in self.param_groups])
+            return step(self, *more, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.SGD, "step", spy)
+            start("--run_name", f"r{time.monotonic_ns()}", "--total_itrs", itrs, "--val_interval", 99, *arguments)
+        return seen
+
+    return run
+
+
+def head_rates(steps):
+    rates = [head["lr"] for _, head in steps]
+    assert [backbone["lr"] for backbone, _ in steps] == pytest.approx([rate * 0.1 for rate in rates])
+    return rates
+
+
+def test_every_parameter_is_in_one_group_and_the_backbone_is_slower(steps):
+    ((backbone, head),) = steps(1, "--lr", 0.01)
+    model = build_model("deeplabv3plus_mobilenet_v3_large", num_classes=4)
+    assert (backbone["lr"], head["lr"]) == (pytest.approx(0.001), 0.01)
+    assert backbone["params"] == len(list(model.backbone.parameters()))
+    assert head["params"] == len(list(model.classifier.parameters()))
+    assert all((group["momentum"], group["weight_decay"]) == (0.9, 1e-4) for group in (backbone, head))
+
+
+def test_step_policy_drops_by_gamma_every_step_size_iterations(steps):
+    rates = head_rates(steps(5, "--lr", 0.01, "--step_size", 2, "--gamma", 0.9))
+    assert rates == pytest.approx([0.01] * 2 + [0.009] * 2 + [0.0081])
+
+
+def test_poly_policy_falls_towards_zero_at_the_last_iteration(steps):
+    rates = head_rates(steps(5, "--lr", 0.01, "--lr_policy", "poly"))
+    assert rates == pytest.approx([0.01 * (1 - itr / 5) ** 0.9 for itr in range(5)], abs=1e-12)
+    assert all(isinstance(rate, float) for rate in rates)
+
+
+@pytest.mark.parametrize("policy", [["step", "--step_size", 2], ["poly"]])
+def test_warm_up_rises_linearly_to_the_policys_rate(steps, policy):
+    plain, warm = (head_rates(steps(5, "--lr_policy", *policy, "--warmup_itrs", itrs)) for itrs in (0, 3))
+    assert [w / p for w, p in zip(warm, plain, strict=True)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("device", "amp", "fused"), [("cpu", "off", None), ("cuda", "bf16", True), ("cuda", "fp16", None)]
+)
+def test_sgd_is_fused_on_a_gpu_unless_a_scaler_may_skip_its_first_step(start, monkeypatch, device, amp, fused):
+    asked, inner = {}, main.initial_model
+
+    def sgd(self, groups, **keywords):
+        asked.update(keywords)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(torch.optim.SGD, "__init__", sgd)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(main, "choose_device", lambda name: torch.device(device))
+    monkeypatch.setattr(main, "device_name", str)
+    monkeypatch.setattr(main, "initial_model", lambda *given: inner(*given[:-1], torch.device("cpu")))
+    with pytest.raises(ZeroDivisionError):
+        start("--total_itrs", 1, "--amp", amp)
+    assert asked["fused"] is fused
 
 
 # --- what cannot be used: exit code 2, one line, nothing written ---
@@ -449,9 +524,9 @@ def test_no_imagenet_download_when_a_checkpoint_is_given(folder, start, tmp_path
         (["--output_stride", 8], ["--output_stride 8", "MobileNetV3"]),
         (["--backbone_weights", "typo.pth"], ["--backbone_weights typo.pth", "no such file"]),
         (["--device", "cuda:99"], ["--device cuda:99"]),
-        (["--crop_size", "0"], ["--crop_size", "0 is not in 1 and above"]),
+        (["--crop_size", "0"], ["--crop_size", "0 is out of range; give 1 or more"]),
         (["--test_only", "--continue_training"], ["--test_only", "--continue_training"]),
-        (["--ckpt", "."], ["--ckpt .: is a folder"]),
+        (["--ckpt", "."], ["--ckpt .: this is a folder"]),
         (["--no_such_flag"], ["--no_such_flag"]),
     ],
 )
@@ -497,7 +572,7 @@ def test_start_that_failed_on_bad_data_leaves_its_name_free(folder, start, refus
     mask = (folder / "SegmentationClass/a1.png").read_bytes()
     damage_value(folder)
     assert "value 77" in refused("--run_name", "a", "--total_itrs", 4, "--batch_size", 4)  # in the first iteration
-    assert not (tmp_path / "runs/a").exists()
+    assert not list((tmp_path / "runs/a").glob("*.pth"))
     (folder / "SegmentationClass/a1.png").write_bytes(mask)
     start("--run_name", "a", "--total_itrs", 2)
 

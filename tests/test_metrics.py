@@ -18,7 +18,7 @@ def scored(target, prediction, num_classes):
 
 
 def test_scores_of_a_matrix_worked_by_hand():
-    # target 0: 3 right, 1 taken for 1; target 1: 2 right, 2 taken for 0
+    # target 0: 3 right, 1 predicted as 1; target 1: 2 right, 2 predicted as 0
     result = scores(torch.tensor([[3, 1], [2, 2]]))
     assert result["Overall Acc"] == pytest.approx(5 / 8)
     assert result["Mean Acc"] == pytest.approx((3 / 4 + 2 / 4) / 2)
@@ -64,7 +64,7 @@ def test_class_predicted_but_never_in_the_target_counts_0():
     assert result["Mean Acc"] == pytest.approx((1 + 1 / 2) / 2)  # over the classes of the target
 
 
-def test_pictures_one_by_one_or_at_once_make_no_difference():
+def test_images_count_the_same_one_by_one_or_at_once():
     generator = torch.Generator().manual_seed(0)
     target, prediction = torch.randint(0, 5, (2, 6, 9, 7), generator=generator, dtype=torch.uint8)
     together, apart = scored(target, prediction, 5), ConfusionMatrix(5)
@@ -91,14 +91,14 @@ def test_prediction_out_of_range_is_refused_with_its_value(prediction):
 
 
 @pytest.mark.parametrize("value", [-1, 256])
-def test_integers_that_are_no_uint8_are_refused_not_wrapped(value):
+def test_integers_outside_uint8_are_refused_not_wrapped(value):
     with pytest.raises(InputError, match="class ids must be in 0..255"):
         scored([[0, value]], [[0, 0]], 2)
     with pytest.raises(InputError, match="class ids must be in 0..255"):
         scored([[0, 0]], [[0, value]], 2)
 
 
-def test_shapes_and_dtypes_that_do_not_fit_are_refused():
+def test_mismatched_shapes_and_dtypes_are_refused():
     with pytest.raises(ValueError, match="differ in shape"):
         scored([[0, 1]], [[0, 1, 1]], 2)
     with pytest.raises(ValueError, match="must be integers"):
@@ -128,7 +128,7 @@ def test_scores_are_printed_in_the_fields_form():
 
 
 def eroded(mask, times):
-    """By a 3x3 square, again and again, as the published code does it; beyond the picture's edge nothing is set."""
+    """Erodes by a 3x3 square repeatedly, as the published code does; nothing is set beyond the image edge."""
     mask = mask.float()[None, None]
     for _ in range(times):
         mask = -F.max_pool2d(-F.pad(mask, [1] * 4), 3, stride=1)
@@ -144,7 +144,7 @@ def patchy(height, width, num_ids, seed=0):
 @pytest.mark.parametrize(
     ("size", "reach"), [((1, 1), 1), ((7, 3), 1), ((60, 80), 2), ((120, 160), 4), ((30, 400), 8)]
 )
-def test_boundary_is_what_erosions_take_off_each_class(size, reach):
+def test_boundary_is_what_erosions_remove_from_each_class(size, reach):
     ids = patchy(*size, 4)
     ids[ids == 3] = 255
     near = boundary(ids)
@@ -155,7 +155,7 @@ def test_boundary_is_what_erosions_take_off_each_class(size, reach):
     assert not near[ids == 255].any()
 
 
-def test_boundary_iou_is_of_the_pixels_near_the_outlines_of_either():
+def test_boundary_iou_counts_the_pixels_near_the_outlines_of_both_maps():
     target, prediction = patchy(60, 80, 3), patchy(60, 80, 4, seed=1)
     prediction = torch.where(torch.rand(60, 80) < 0.7, target, prediction)
     target[:9, :9] = 255
@@ -168,7 +168,7 @@ def test_boundary_iou_is_of_the_pixels_near_the_outlines_of_either():
         assert iou == pytest.approx(expected.item(), nan_ok=True)
 
 
-def test_boundary_iou_of_a_batch_is_that_of_its_pictures():
+def test_boundary_iou_of_a_batch_is_that_of_its_images():
     targets = torch.stack([patchy(40, 52, 3, seed=seed) for seed in range(3)])
     predictions = torch.stack([patchy(40, 52, 3, seed=seed) for seed in (0, 5, 6)])
     targets[:, 20:23] = 255
@@ -178,12 +178,12 @@ def test_boundary_iou_of_a_batch_is_that_of_its_pictures():
         apart.update(target, prediction)
     assert together.compute() == apart.compute()
     assert 0 < together.compute()["Mean Boundary IoU"] < 1
-    with pytest.raises(ValueError, match="are not"):
+    with pytest.raises(ValueError, match="must both be"):
         together.update(targets, predictions[0])
 
 
 def test_counting_on_a_gpu_waits_for_nothing_and_counts_the_same():
-    confusion = ConfusionMatrix(21, "meta")  # a tensor that has no values cannot be waited for
+    confusion = ConfusionMatrix(21, "meta")  # no values, so waiting for one fails
     confusion.update(*(torch.zeros(2, 5, 7, dtype=torch.uint8, device="meta") for _ in range(2)))
     index = torch.randint(0, 5376, (10_000,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
     assert (metrics.scattered_occurrences(index, 5376) == torch.bincount(index, minlength=5376)).all()

@@ -20,7 +20,7 @@ def test_defaults_are_the_experiment_of_the_readme():
 
 
 def test_every_flag_is_read_somewhere():
-    sources = [ROOT / "main.py", *(ROOT / "utils").glob("*.py"), *(ROOT / "datasets").glob("*.py")]
+    sources = [ROOT / "main.py", *(ROOT / "utils").rglob("*.py"), *(ROOT / "datasets").glob("*.py")]
     text = "\n".join(path.read_text() for path in sources)
     for name in vars(get_parser().parse_args([])):
         assert re.search(rf"opts\.{name}\b", text) or name in ("model", "output_stride"), f"--{name} is never read"
@@ -52,12 +52,12 @@ def test_every_flag_of_visualize_is_read():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--batch_size 0", "--batch_size: 0 is not in 1 and above"),
+        ("--batch_size 0", "--batch_size: 0 is out of range; give 1 or more"),
         ("--total_itrs -5", "--total_itrs"),
-        ("--lr nan", "--lr: nan is not in 0 and above"),
+        ("--lr nan", "--lr: nan is out of range; give 0 or more"),
         ("--lr inf", "--lr: inf"),
-        ("--random_seed 20250101123456", "--random_seed: 20250101123456 is not in 0..4294967295"),
-        ("--gamma 1.5", "--gamma: 1.5 is not in 0..1"),
+        ("--random_seed 20250101123456", "--random_seed: 20250101123456 is out of range; give 0 to 4294967295"),
+        ("--gamma 1.5", "--gamma: 1.5 is out of range; give 0 to 1"),
         ("--crop_size 33.5", "--crop_size: invalid int value: '33.5'"),
         ("--model deeplabv4", "--model: invalid choice"),
         ("--loss_type dice", "--loss_type: invalid choice"),

@@ -13,23 +13,23 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.files import read_image
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from datasets.voc import voc_colormap
-from network import backbone, build_model
+from network import build_model
 from tests.test_checkpoint import complete
 from utils.checkpoint import save_checkpoint
 from utils.engine import predict
 from utils.errors import InputError
 from utils.pictures.plotting import overlay
 from utils.pictures.predict import (
-    list_pictures,
-    load_model,
+    list_images,
     output_names,
     predict_files,
-    predict_picture,
-    read_any,
+    predict_image,
+    read_upright,
     spans,
 )
+from utils.weights import load
+from utils.weights.load import load_model
 
 NAMES = ["sky", "road", "tree", "car"]
 MOBILENET = "deeplabv3plus_mobilenet_v3_large"
@@ -46,7 +46,7 @@ class ByColour(nn.Module):
 
     def forward(self, x):
         self.seen.append(tuple(x.shape))
-        red = (x[:, :1] * IMAGENET_STD[0] + IMAGENET_MEAN[0]) * 255  # [B, 1, H, W]
+        red = x[:, :1].float()  # [B, 1, H, W]
         return -(red - 10 * torch.arange(self.num_classes).view(1, -1, 1, 1)).square()  # [B, C, H, W]
 
 
@@ -70,7 +70,7 @@ class LocalContrast(nn.Module):
     device = torch.device("cpu")
 
     def forward(self, x):
-        x = x.mean(dim=1, keepdim=True)  # [B, 1, H, W]
+        x = (x.float().mean(dim=1, keepdim=True) - 116) / 58  # [B, 1, H, W]
         contrast = F.avg_pool2d(x, 9, 1, padding=4) - x.mean(dim=(2, 3), keepdim=True)
         return torch.cat([contrast, -contrast], dim=1)  # [B, 2, H, W]
 
@@ -96,7 +96,7 @@ def test_model_comes_from_the_checkpoint_alone(model, tmp_path, monkeypatch):
     options = {"model": MOBILENET, "output_stride": 16, "backbone_weights": "imagenet", "data_root": "/gone"}
     known = {"options": options, "class_names": NAMES, "palette": voc_colormap().tolist()}
     save_checkpoint(tmp_path / "a.pth", complete(model_state=model.state_dict(), **known))
-    monkeypatch.setattr(backbone, "download", lambda *_: pytest.fail("a download"))
+    monkeypatch.setattr(load, "download", lambda *_: pytest.fail("a download"))
     loaded, class_names, palette, stored = load_model(tmp_path / "a.pth", torch.device("cpu"))
     assert class_names == NAMES and stored == options and not any(module.training for module in loaded.modules())
     assert palette.dtype == np.uint8 and (palette == voc_colormap()).all()
@@ -106,7 +106,7 @@ def test_model_comes_from_the_checkpoint_alone(model, tmp_path, monkeypatch):
 
 
 def test_checkpoint_that_is_missing_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"--ckpt .*typo\.pth: there is no such file"):
+    with pytest.raises(InputError, match=r"--ckpt .*typo\.pth: no such file"):
         load_model(tmp_path / "typo.pth", torch.device("cpu"))
 
 
@@ -118,7 +118,7 @@ def test_checkpoint_that_is_missing_is_refused(tmp_path):
 def test_picture_up_to_the_tile_is_predicted_exactly_as_in_one_piece(model, size, amp):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     model.train()
-    prediction = predict_picture(model, image, amp=amp, tile=max(size[0], 64))
+    prediction = predict_image(model, image, amp=amp, tile=max(size[0], 64))
     assert model.training  # as it was
     model.eval()
     assert prediction.dtype == torch.uint8
@@ -130,7 +130,7 @@ def test_picture_up_to_the_tile_is_predicted_exactly_as_in_one_piece(model, size
 def test_every_pixel_of_a_large_picture_is_predicted_as_in_one_piece(size, tile, overlap):
     image, ids = colours(*size)
     fake = ByColour()
-    prediction = predict_picture(fake, image, tile=tile, overlap=overlap)
+    prediction = predict_image(fake, image, tile=tile, overlap=overlap)
     assert prediction.dtype == torch.uint8 and prediction.is_contiguous()
     assert torch.equal(prediction, ids)
     assert all(shape[0] == 1 and max(shape[2:]) <= tile for shape in fake.seen)
@@ -142,11 +142,11 @@ def test_model_sees_each_tile_upright(model, size):
 
     class Upright(ByColour):
         def forward(self, x):
-            assert (x.diff(dim=3) >= 0).all() and (x.diff(dim=2) == 0).all()
+            assert (x.float().diff(dim=3) >= 0).all() and (x.diff(dim=2) == 0).all()
             return super().forward(x)
 
     fake = Upright()
-    predict_picture(fake, image, tile=64)
+    predict_image(fake, image, tile=64)
     assert len(fake.seen) > 4
 
 
@@ -178,7 +178,7 @@ def test_logits_of_two_tiles_fade_into_each_other_by_their_squared_distance_to_t
     # level where (64 - x)^2 is as much, or three times as much, as (x - 48)^2: at 56 and at 53.9.
     size = (112, 64) if turned else (64, 112)
     fake = Scripted([1.0, 0.0], [0.0, second])
-    prediction = predict_picture(fake, torch.zeros(3, *size, dtype=torch.uint8), tile=64, overlap=16)
+    prediction = predict_image(fake, torch.zeros(3, *size, dtype=torch.uint8), tile=64, overlap=16)
     expected = (torch.arange(112) >= border).to(torch.uint8).expand(64, 112)
     assert torch.equal(prediction.T if turned else prediction, expected)
 
@@ -188,7 +188,7 @@ def test_tiles_share_an_eighth_by_default(length, other):
     tiles = []
     for overlap in (None, 16, other):
         fake = ByColour()
-        predict_picture(fake, colours(length, 20)[0], tile=128, overlap=overlap)
+        predict_image(fake, colours(length, 20)[0], tile=128, overlap=overlap)
         tiles.append(len(fake.seen))
     assert tiles[0] == tiles[1] != tiles[2]
 
@@ -197,7 +197,7 @@ def test_tiles_share_an_eighth_by_default(length, other):
 def test_tiles_do_not_fade_at_the_pictures_edge(first, second, border):
     # Tiles at 0..64 and 16..80: 100 (x - 16)^2 is (64 - x)^2 at 20.4, 100 (64 - x)^2 is (x - 16)^2 at 59.6.
     fake = Scripted([first, 0.0], [0.0, second])
-    prediction = predict_picture(fake, torch.zeros(3, 64, 80, dtype=torch.uint8), tile=64)
+    prediction = predict_image(fake, torch.zeros(3, 64, 80, dtype=torch.uint8), tile=64)
     assert torch.equal(prediction[0], (torch.arange(80) >= border).to(torch.uint8))
 
 
@@ -209,7 +209,7 @@ def test_tiles_are_predicted_in_the_precision_that_is_asked_for():
 
     for amp in (None, torch.bfloat16):
         fake = Precise()
-        predict_picture(fake, colours(100, 20)[0], amp=amp, tile=64)
+        predict_image(fake, colours(100, 20)[0], amp=amp, tile=64)
         assert len(fake.seen) > 1 and fake.dtype == amp
 
 
@@ -224,7 +224,7 @@ def seams(size, tile, overlap):
     for _ in range(8):
         rough = torch.randn(1, 3, size // 8, size // 8, generator=generator)
         image = F.interpolate(rough, size=(size, size), mode="bicubic")[0].mul(60).add(128).clamp(0, 255).byte()
-        tiled, whole = predict_picture(fake, image, tile=tile, overlap=overlap), predict(fake, image[None])[0]
+        tiled, whole = predict_image(fake, image, tile=tile, overlap=overlap), predict(fake, image[None])[0]
         wrong += tiled != whole
         changes += (tiled[:, edges] != tiled[:, edges - 1]).sum() + (tiled[edges] != tiled[edges - 1]).sum()
         changes_in_one += (whole[:, edges] != whole[:, edges - 1]).sum() + (whole[edges] != whole[edges - 1]).sum()
@@ -261,7 +261,7 @@ def test_logits_that_are_kept_do_not_grow_with_the_longer_side(turned):
         image, ids = colours(length, 200)
         image, ids = (image.mT, ids.mT) if turned else (image, ids)
         with LargestFloats() as floats:
-            assert torch.equal(predict_picture(ByColour(), image, tile=64), ids)
+            assert torch.equal(predict_image(ByColour(), image, tile=64), ids)
         most.append(floats.most)
     assert most == [7 * 64 * 200] * 2
 
@@ -269,14 +269,14 @@ def test_logits_that_are_kept_do_not_grow_with_the_longer_side(turned):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"tile": 63}, "--tile 63: give 64 pixels or more"),
-        ({"tile": 64, "overlap": 33}, "--overlap 33: give 0 to 32, half of --tile 64"),
-        ({"tile": 64, "overlap": -1}, "--overlap -1: give 0 to 32"),
+        ({"tile": 63}, "--tile 63: too small; give 64 or more"),
+        ({"tile": 64, "overlap": 33}, "--overlap 33: out of range; give 0 to 32, half of --tile 64"),
+        ({"tile": 64, "overlap": -1}, "--overlap -1: out of range; give 0 to 32"),
     ],
 )
 def test_tile_and_overlap_that_cannot_work_are_refused(flags, message):
     with pytest.raises(InputError, match=message):
-        predict_picture(ByColour(), colours(10, 10)[0], **flags)
+        predict_image(ByColour(), colours(10, 10)[0], **flags)
 
 
 # Pictures of any format
@@ -286,7 +286,7 @@ GREY = RGB[..., 0]
 
 
 def shown(path):
-    image = read_any(path)
+    image = read_upright(path)
     assert image.dtype == torch.uint8 and image.shape[0] == 3
     return image.permute(1, 2, 0).numpy()
 
@@ -382,8 +382,8 @@ def test_floats_and_long_integers_are_scaled_by_the_smallest_full_scale_that_hol
 @pytest.mark.parametrize("value", [-1, 1e6, float("nan")])
 def test_greys_outside_every_scale_are_refused_with_their_range(tmp_path, value):
     Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=r"a\.tif: greys from .* not 0 to 65535"):
-        read_any(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif: grey values .* are not in 0\.\.65535"):
+        read_upright(tmp_path / "a.tif")
 
 
 UPRIGHT = {
@@ -424,16 +424,16 @@ def test_broken_exif_data_do_not_make_a_picture_unreadable(tmp_path, content):
 def test_file_that_cannot_be_read_is_refused_by_name(tmp_path, content):
     if content is not None:
         (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.jpg: cannot be read as a picture"):
-        read_any(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match=r"a\.jpg: cannot be read as an image"):
+        read_upright(tmp_path / "a.jpg")
 
 
 def test_picture_that_is_cut_short_is_refused(tmp_path):
     Image.fromarray(RGB.repeat(20, axis=0)).save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=r"a\.png: cannot be read as a picture"):
-        read_any(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png: cannot be read as an image"):
+        read_upright(tmp_path / "a.png")
 
 
 # Files and folders
@@ -461,29 +461,29 @@ def test_pictures_of_a_folder_are_listed_by_name_whatever_the_case_of_their_suff
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
-    assert [path.name for path in list_pictures(tmp_path)] == ["a.png", "b.JPG", "c.Tiff"]
-    assert list_pictures(str(tmp_path / "d.txt")) == [tmp_path / "d.txt"]
+    assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.Tiff"]
+    assert list_images(str(tmp_path / "d.txt")) == [tmp_path / "d.txt"]
 
 
 def test_input_that_has_no_pictures_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"--input .*gone: there is no such file or folder"):
-        list_pictures(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"--input .*gone: no such file or folder"):
+        list_images(tmp_path / "gone")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match=r"--input .*: no picture lies in it \(\.bmp "):
-        list_pictures(tmp_path)
+    with pytest.raises(InputError, match=r"--input .*: has no images \(\.bmp "):
+        list_images(tmp_path)
 
 
 @pytest.mark.parametrize("flags", [{}, {"tile": 64, "overlap": 16}], ids=["one piece", "tiles"])
 def test_each_picture_gets_mask_overlay_and_shares(tmp_path, flags):
     ids = {name: save(tmp_path / f"{name}.png", *size) for name, size in (("a", (20, 30)), ("b", (300, 70)))}
     out = tmp_path / "new" / "out"
-    assert run(list_pictures(tmp_path), out, **flags) == []
+    assert run(list_images(tmp_path), out, **flags) == []
     assert files_in(out) == ["masks/a.png", "masks/b.png", "overlays/a.jpg", "overlays/b.jpg", "shares.csv"]
     for name, expected in ids.items():
         with Image.open(out / "masks" / f"{name}.png") as mask:
             assert mask.mode == "P" and (np.array(mask) == expected).all()
             assert (np.array(mask.convert("RGB")) == voc_colormap()[expected]).all()
-        image = read_any(tmp_path / f"{name}.png")
+        image = read_upright(tmp_path / f"{name}.png")
         overlay(image, torch.from_numpy(expected), voc_colormap()).save(tmp_path / "expected.jpg")
         with Image.open(out / "overlays" / f"{name}.jpg") as drawn, Image.open(tmp_path / "expected.jpg") as whole:
             assert (np.array(drawn) == np.array(whole)).all()
@@ -501,7 +501,7 @@ def test_pictures_of_one_name_are_kept_apart(tmp_path):
     assert output_names([Path("x/a.png"), Path("y/a.png"), Path("A.PNG")]) == ["a.png", "a.png-2", "A.PNG-3"]
     assert output_names([Path(name) for name in ("a.b", "a.c", "a.b.png")]) == ["a.b", "a.c", "a.b-2"]
     expected = [save(tmp_path / name, *size) for name, size in (("a.bmp", (5, 6)), ("a.png", (7, 8)))]
-    run(list_pictures(tmp_path), tmp_path / "out")
+    run(list_images(tmp_path), tmp_path / "out")
     for name, ids in zip(("a.bmp.png", "a.png.png"), expected, strict=True):
         with Image.open(tmp_path / "out" / "masks" / name) as mask:
             assert (np.array(mask) == ids).all()
@@ -511,18 +511,18 @@ def test_unreadable_files_are_returned_and_do_not_stop_the_rest(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"")
-    unreadable = run(list_pictures(tmp_path), tmp_path / "out")
+    unreadable = run(list_images(tmp_path), tmp_path / "out")
     assert len(unreadable) == 2
     for line, name in zip(unreadable, ("a.jpg", "c.png"), strict=True):
-        assert line.startswith(f"{tmp_path / name}: cannot be read as a picture")
+        assert line.startswith(f"{tmp_path / name}: cannot be read as an image")
     assert files_in(tmp_path / "out") == ["masks/b.png", "overlays/b.jpg", "shares.csv"]
 
 
 def test_input_of_which_nothing_can_be_read_is_refused_and_leaves_nothing(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"none of the 2 pictures can be read; of the first: .*a\.jpg: cannot be"):
-        run(list_pictures(tmp_path), tmp_path / "out")
+    with pytest.raises(InputError, match=r"none of the 2 images can be read; the first problem: .*a\.jpg: cannot be"):
+        run(list_images(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -556,7 +556,7 @@ def test_write_that_fails_leaves_the_earlier_file_whole(tmp_path, monkeypatch, f
         whole(picture, path, **arguments)
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(InputError, match=rf"{failing}: cannot be written \(No space left on device\); give another"):
+    with pytest.raises(InputError, match=rf"{failing}: cannot be written \(No space left on device\); free space"):
         run([tmp_path / "a.bmp"], tmp_path / "out")
     after = {name: (tmp_path / "out" / name).read_bytes() for name in before}
     kept = [name for name in before if after[name] == before[name]]
@@ -566,13 +566,13 @@ def test_write_that_fails_leaves_the_earlier_file_whole(tmp_path, monkeypatch, f
 def test_out_that_is_a_file_is_refused(tmp_path):
     save(tmp_path / "a.png")
     (tmp_path / "out").touch()
-    with pytest.raises(InputError, match=r"out/masks/a\.png: cannot be written .* give another --out"):
+    with pytest.raises(InputError, match=r"out/masks: cannot be written .* choose another path"):
         run([tmp_path / "a.png"], tmp_path / "out")
 
 
 def test_picture_that_would_be_overwritten_is_refused_and_kept(tmp_path):
     save(tmp_path / "overlays" / "a.jpg")
     before = (tmp_path / "overlays" / "a.jpg").read_bytes()
-    with pytest.raises(InputError, match=r"overlays/a\.jpg: is to be read, and would be overwritten"):
+    with pytest.raises(InputError, match=r"overlays/a\.jpg: is an input and would be overwritten"):
         run([tmp_path / "overlays" / "a.jpg"], tmp_path)
     assert (tmp_path / "overlays" / "a.jpg").read_bytes() == before

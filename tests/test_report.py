@@ -18,8 +18,8 @@ from tests.conftest import TINY, write_voc_layout
 from utils.engine import predict
 from utils.errors import InputError
 from utils.pictures import report, report_data
-from utils.pictures.predict import load_model
 from utils.run import HISTORY
+from utils.weights.load import load_model
 
 CPU = torch.device("cpu")
 CLASSES = ["sky", "road", "tree", "car"]
@@ -28,7 +28,7 @@ DATA_SECTIONS = ("predictions", "training-data")
 
 
 def write_run(folder, *, mious=(0.5,), class_names=CLASSES, matrix=MATRIX, ious=None, **options):
-    """A run without a checkpoint, whose data are nowhere: a validation per mIoU, 10 iterations apart."""
+    """Writes a run without checkpoint or data: a validation per mIoU, 10 iterations apart."""
     folder.mkdir(parents=True)
     defaults = {"dataset": "folder", "data_root": "no data", "year": "2012", "model": "m", "lr": 0.01, "amp": "auto"}
     defaults |= {"train_split": "train", "val_split": "val", "random_seed": 1, "batch_size": 4}
@@ -59,13 +59,14 @@ def write_csv(path, rows):
 
 
 class Page(HTMLParser):
-    """A report as its reader meets it: by section its text and tables; its pictures; every tag."""
+    """A report as its readers see it: text and tables by section, pictures, and every tag."""
 
     def __init__(self, text):
         super().__init__()
         self.tags, self.pictures, self.texts, self.tables = [], [], {}, {}
         self.section, self.cell, self.caption = "header", None, None
         self.feed(text)
+        self.texts = {section: " ".join(text.split()) for section, text in self.texts.items()}
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
@@ -92,7 +93,7 @@ class Page(HTMLParser):
             self.cell["text"] += data
 
     def table(self, section, number=0):
-        """Row name to its cells by column name."""
+        """Maps each row name to its cells by column name."""
         header, *rows = self.tables[section][number]
         names = [cell["text"] for cell in header[1:]]
         return {row[0]["text"]: dict(zip(names, row[1:], strict=True)) for row in rows}
@@ -103,11 +104,11 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Writes the report on some runs; returns the page. Drawing takes most of the time: only with `draw`."""
+    """Writes a report on runs and returns the page. Drawing takes most of the time, so it needs `draw`."""
     figure = report.figure
 
-    def undrawn(caption, *_, **__):
-        return report.markup("<figcaption>{}</figcaption>", caption)
+    def undrawn(*_, **__):
+        return {"source": "", "width": 1, "height": 1}
 
     def write(*runs, draw=False, **keywords):
         monkeypatch.setattr(report, "figure", figure if draw else undrawn)
@@ -135,7 +136,7 @@ def data_of(run):
 
 
 def copy_run(run, target, **options):
-    """The same run with other options."""
+    """Copies a run, with some options changed."""
     shutil.copytree(run, target)
     path = target / "options.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
@@ -144,7 +145,7 @@ def copy_run(run, target, **options):
 
 @pytest.fixture(scope="module")
 def drawn(trained, tmp_path_factory):
-    """The report on the run and a copy of it, with all its pictures."""
+    """A report on the run and a copy of it, with all pictures."""
     folder = tmp_path_factory.mktemp("drawn")
     report.write_report([trained, copy_run(trained, folder / "b")], folder / "report.html", device=CPU)
     return Page((folder / "report.html").read_text(encoding="utf-8"))
@@ -169,14 +170,14 @@ def test_summary_gives_the_first_best_epoch_its_accuracies_and_the_last(make, tm
     assert [validations[name]["iteration"]["text"] for name in ("a, best", "a, last")] == ["20", "40"]
 
 
-def test_best_run_alone_is_marked(make, tmp_path):
+def test_only_the_best_run_is_marked(make, tmp_path):
     runs = [write_run(tmp_path / name, mious=[miou, 0.1]) for name, miou in (("a", 0.3), ("b", 0.5), ("c", 0.4))]
     page = make(*runs)
     assert page.column("summary", "best mIoU") == {"a": "0.3000", "b": "0.5000 ★", "c": "0.4000"}
     assert "b is the best of 3 runs" in page.texts["header"]
 
 
-def test_options_that_differ_are_listed_first_and_marked_and_no_others(make, tmp_path):
+def test_only_options_that_differ_are_listed_first_and_marked(make, tmp_path):
     page = make(write_run(tmp_path / "a", lr=0.01), write_run(tmp_path / "b", lr=0.1, warmup_itrs=5, data_root="x"))
     differing, every = page.table("options-and-environment"), page.table("options-and-environment", 1)
     assert {name: [cell["text"] for cell in row.values()] for name, row in differing.items()} == {
@@ -213,7 +214,7 @@ def test_class_table_has_a_bar_as_long_as_each_iou_and_a_dash_for_an_absent_clas
     assert "bar" in table["sky"][a]["css"] and "best" in table["sky"][b]["css"]
 
 
-def test_runs_of_other_classes_are_reported_but_not_ranked(make, tmp_path):
+def test_runs_with_different_classes_are_reported_but_not_ranked(make, tmp_path):
     other = write_run(tmp_path / "b", class_names=["road", "sky", "lake", "car"], mious=[0.9])
     page = make(write_run(tmp_path / "a"), other)
     assert "The runs do not have the same classes" in page.texts["header"] and "best of" not in page.texts["header"]
@@ -223,7 +224,7 @@ def test_runs_of_other_classes_are_reported_but_not_ranked(make, tmp_path):
     assert rows["sky"]["b (epoch 1)"]["text"] == "0.8333 ★"  # by name, not by position
 
 
-def test_confusion_matrix_is_in_per_cent_of_each_row(make, tmp_path):
+def test_confusion_matrix_is_a_percentage_of_each_row(make, tmp_path):
     page = make(write_run(tmp_path / "a"))
     table = page.table("confusion-matrices")
     texts = [[cell["text"] for cell in row.values()] for row in table.values()]
@@ -232,7 +233,7 @@ def test_confusion_matrix_is_in_per_cent_of_each_row(make, tmp_path):
     assert [name for name, cell in table["tree"].items() if "right" in cell["css"]] == ["tree"]
 
 
-def test_most_frequent_confusions_come_first_and_right_pixels_are_none(make, tmp_path):
+def test_most_frequent_confusions_come_first_without_correct_pixels(make, tmp_path):
     page = make(write_run(tmp_path / "a"))
     rows = [[cell["text"] for cell in row] for row in page.tables["confusion-matrices"][1][1:]]
     assert rows == [["sky", "road", "20", "20.0%", "66.7%"], ["tree", "sky", "10", "25.0%", "33.3%"]]
@@ -247,7 +248,7 @@ def test_confusion_matrix_of_many_classes_shows_those_with_the_most_errors_and_s
     assert table["class 140"]["class 7"]["text"] == "38"
 
 
-def test_speed_is_per_iteration_and_per_validation_and_memory_the_peak(make, tmp_path):
+def test_speed_is_per_iteration_and_per_validation_and_memory_is_the_peak(make, tmp_path):
     page = make(write_run(tmp_path / "a", mious=[0.1, 0.2, 0.3]))
     row = {name: cell["text"] for name, cell in page.table("speed-and-memory")["a"].items()}
     assert row == {
@@ -255,14 +256,14 @@ def test_speed_is_per_iteration_and_per_validation_and_memory_the_peak(make, tmp
         "seconds per iteration": "2.000",
         "images per second": "2.0",
         "seconds per validation": "5.0",
-        "minutes in all": "1.2",
+        "minutes in total": "1.2",
         "peak memory (MB)": "1,003",
     }
 
 
-def test_unfinished_run_and_other_validation_data_are_announced(make, tmp_path):
+def test_unfinished_run_and_different_validation_data_are_announced(make, tmp_path):
     page = make(write_run(tmp_path / "a", total_itrs=5000), write_run(tmp_path / "b", val_split="test"))
-    assert "a is unfinished: here are 10 of its 5,000 iterations." in page.texts["header"]
+    assert "a is not finished: its results are from iteration 10 of 5,000." in page.texts["header"]
     assert "The runs name different validation data" in page.texts["header"]
     assert "different validation data" not in make(tmp_path / "a").texts["header"]
 
@@ -281,15 +282,16 @@ def test_user_text_is_escaped_everywhere(make, tmp_path):
     assert "Semantic segmentation: a<i>&b, b" in page.texts["header"]
 
 
-def test_page_needs_nothing_from_elsewhere(drawn):
+def test_page_is_self_contained(drawn):
     assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in drawn.tags}
     sources = [attributes["src"] for _, attributes in drawn.tags if "src" in attributes]
     assert sources and all(source.startswith("data:image/") for source in sources)
+    template = Path(report.__file__).with_suffix(".html")
     assert all(attributes["href"].startswith("#") for _, attributes in drawn.tags if "href" in attributes)
-    assert not re.search(r"url\(|@import|https?:", report.PAGE.template)
+    assert not re.search(r"url\(|@import|https?:", template.read_text(encoding="utf-8"))
 
 
-def test_contents_lead_to_every_section_and_the_language_is_given(make, tmp_path):
+def test_contents_link_to_every_section_and_the_language_is_set(make, tmp_path):
     page = make(write_run(tmp_path / "a"))
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
@@ -298,7 +300,7 @@ def test_contents_lead_to_every_section_and_the_language_is_given(make, tmp_path
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
 
 
-def test_pictures_decode_and_are_described_and_curves_stay_exact(drawn):
+def test_pictures_decode_and_have_descriptions_and_charts_are_png(drawn):
     kinds = {}
     for section, attributes in drawn.pictures:
         kind, data = re.fullmatch(r"data:image/(\w+);base64,(.+)", attributes["src"]).groups()
@@ -313,11 +315,12 @@ def test_pictures_decode_and_are_described_and_curves_stay_exact(drawn):
     assert kinds["training-curves"] == ["png"] and kinds["training-data"][1] == "png"
 
 
-def test_picture_is_jpeg_only_where_that_is_much_smaller(tmp_path):
+def test_picture_is_jpeg_only_if_that_is_much_smaller(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
     flat = np.zeros((200, 200, 3), np.uint8)
     for pixels, kind in ((noise, "jpeg"), (flat, "png")):
-        assert f"data:image/{kind};" in report.figure("c", "a", lambda path, p=pixels: Image.fromarray(p).save(path))
+        drawing = report.figure(lambda path, p=pixels: Image.fromarray(p).save(path))
+        assert drawing["source"].startswith(f"data:image/{kind};")
 
 
 # --- pictures of the data and the models ---
@@ -329,14 +332,14 @@ def test_mean_iou_of_best_is_that_of_the_history_and_the_worst_image_comes_first
     page = make(trained, num=2, draw=True)
     with (trained / "history.csv").open() as file:
         best = max(float(row["mean_iou"]) for row in csv.DictReader(file))
-    assert f"Of the 3 validation images, whose mIoU together is {best:.4f}." in page.texts["predictions"]
+    assert f"Chosen from the 3 validation images; their overall mIoU is {best:.4f}." in page.texts["predictions"]
 
     (rows, compared), (worst_rows, worst) = grids
-    assert compared["headings"] == ["photograph", "ground truth", "a"] and len(rows) == 2
+    assert compared["headings"] == ["image", "ground truth", "a"] and len(rows) == 2
     own = image_ious(trained)
     ranked = sorted(own, key=own.get)[:2]
     assert worst["headings"] == [f"{name}: mIoU {own[name]:.4f}" for name in ranked]
-    assert worst["labels"] == ["photograph", "ground truth", "prediction", "errors"] and len(worst_rows) == 4
+    assert worst["labels"] == ["image", "ground truth", "prediction", "errors"] and len(worst_rows) == 4
     assert [row[2][1] for row in rows] == [f"mIoU {own[name]:.4f}" for name in compared["labels"]]
 
 
@@ -345,7 +348,7 @@ def draw_anything(path):
 
 
 def image_ious(run):
-    """mIoU of each validation image by the last validation's masks, which are the best's if it was the best."""
+    """mIoU of each validation image, computed independently from the predictions of best.pth."""
     data = data_of(run)
     model = load_model(run / "best.pth", CPU).model
     result = {}
@@ -362,18 +365,18 @@ def image_ious(run):
 def test_bounded_evaluation_says_how_many_images_it_saw(make, trained, monkeypatch):
     monkeypatch.setattr(report_data, "EVALUATED_ON_CPU", 1)
     page = make(trained, num=1)
-    assert re.search(r"Of [12] of the 3 validation images", page.texts["predictions"])
+    assert re.search(r"Chosen from [12] of the 3 validation images", page.texts["predictions"])
 
 
 def test_without_data_the_sections_say_so_and_the_rest_is_written(make, tmp_path):
     page = make(write_run(tmp_path / "a"))
     for section in DATA_SECTIONS:
-        assert "Not available for a, for its data cannot be opened" in page.texts[section]
+        assert "Not available for a because its data cannot be opened" in page.texts[section]
         assert "no data: there is no such folder" in page.texts[section]
     assert page.table("summary") and page.table("iou-of-each-class") and page.table("speed-and-memory")
 
 
-def test_what_a_checkpoint_knows_of_itself_is_shown(make, trained, tmp_path):
+def test_checkpoints_describe_themselves(make, trained, tmp_path):
     known = make(trained).column("checkpoints", trained.name)
     assert known["made by"] == "main.py" and known["classes"] == "4: sky, road, tree, car"
     assert known["model"] == "deeplabv3plus_mobilenet_v3_large, output stride 16"
@@ -393,16 +396,16 @@ def test_what_a_checkpoint_knows_of_itself_is_shown(make, trained, tmp_path):
     assert page.column("checkpoints", "foreign")["scores"] == "-"
 
 
-def test_without_best_pth_the_data_are_shown_and_the_other_runs_predictions(make, trained, tmp_path):
+def test_without_best_pth_the_data_and_the_other_runs_predictions_are_shown(make, trained, tmp_path):
     other = copy_run(trained, tmp_path / "b")
     (other / "best.pth").unlink()
     page = make(trained, other)
-    assert f"Not available for b: {other / 'best.pth'}: there is no such file" in page.texts["predictions"]
+    assert f"Not available for b: {other / 'best.pth'}: no such file" in page.texts["predictions"]
     assert "Worst images of a" in page.texts["predictions"] and "Worst images of b" not in page.texts["predictions"]
     assert "Not available" not in page.texts["training-data"]
 
 
-def test_data_root_given_is_where_the_data_are_looked_for(make, trained, tmp_path):
+def test_data_root_says_where_the_data_are(make, trained, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(data_of(trained), moved)
     run = copy_run(trained, tmp_path / "c", data_root="nowhere")
@@ -410,7 +413,7 @@ def test_data_root_given_is_where_the_data_are_looked_for(make, trained, tmp_pat
     assert "Worst images of c" in make(run, data_root=str(moved)).texts["predictions"]
 
 
-def test_data_with_other_classes_than_the_runs_are_not_shown(make, trained, tmp_path):
+def test_data_whose_classes_differ_from_the_run_are_not_shown(make, trained, tmp_path):
     other = shutil.copytree(data_of(trained), tmp_path / "other")
     (other / "class_names.txt").write_text("sky\nroad\ntree\nhouse\n")
     text = make(trained, data_root=str(other)).texts["predictions"]
@@ -425,16 +428,16 @@ def test_split_lists_that_the_run_made_are_used(make, trained, tmp_path):
     (run / "splits" / "train.txt").write_text("a1\na2\na3\nb3\nb2\n")
     (run / "splits" / "val.txt").write_text("a4\nb1\n")
     page = make(run, data_root=str(data))
-    assert "Of the 2 validation images" in page.texts["predictions"]
+    assert "Chosen from the 2 validation images" in page.texts["predictions"]
     assert "5 of 5 training images" in page.texts["training-data"]
 
 
-def test_run_that_was_trained_in_fp16_on_a_gpu_is_evaluated_on_the_cpu_too(make, trained, tmp_path):
+def test_run_trained_in_fp16_on_a_gpu_can_be_evaluated_on_the_cpu(make, trained, tmp_path):
     page = make(copy_run(trained, tmp_path / "c", amp="fp16"))
     assert "Worst images of c" in page.texts["predictions"]
 
 
-def test_damaged_photograph_costs_its_section_only(make, trained, tmp_path):
+def test_damaged_image_costs_only_its_section(make, trained, tmp_path):
     data = shutil.copytree(data_of(trained), tmp_path / "damaged")
     (data / "JPEGImages" / "a2.jpg").write_bytes(b"")
     page = make(trained, data_root=str(data), draw=True)
@@ -442,13 +445,13 @@ def test_damaged_photograph_costs_its_section_only(make, trained, tmp_path):
     assert "Worst images of a" in page.texts["predictions"]
 
 
-def test_generated_data_that_are_gone_are_not_drawn_anew(make, tmp_path):
+def test_generated_data_that_are_gone_are_not_generated_again(make, tmp_path):
     root = tmp_path / "gone"
     page = make(write_run(tmp_path / "a", dataset="shapes", data_root=str(root)))
     assert "gone/shapes: there is no such folder" in page.texts["training-data"] and not root.exists()
 
 
-# --- what cannot be used ---
+# --- unusable input ---
 
 
 def cut(name, length):
@@ -467,13 +470,13 @@ def write(name, text):
     ("damage", "words"),
     [
         (shutil.rmtree, ["runs/b: there is no such folder"]),
-        (lambda run: (run / "history.csv").unlink(), ["b/history.csv", "no such file", "validated once"]),
-        (write("history.csv", ",".join(HISTORY) + "\n"), ["b/history.csv", "no row yet"]),
+        (lambda run: (run / "history.csv").unlink(), ["b/history.csv", "no such file", "at least one validation"]),
+        (write("history.csv", ",".join(HISTORY) + "\n"), ["b/history.csv", "no rows yet"]),
         (write("history.csv", "epoch,itr\n1,2\n"), ["b/history.csv", "lacks a column"]),
         (write("history.csv", ",".join(HISTORY) + "\n" + "1," * 10 + "x\n"), ["b/history.csv", "line 2"]),
-        (cut("history.csv", 12), ["b/history.csv", "line 3", "half written"]),
-        (cut("history.csv", 2), ["b/history.csv", "line 3", "half written"]),
-        (cut("confusion_matrix.csv", 3), ["b/confusion_matrix.csv", "half written"]),
+        (cut("history.csv", 12), ["b/history.csv", "line 3", "incomplete"]),
+        (cut("history.csv", 2), ["b/history.csv", "line 3", "incomplete"]),
+        (cut("confusion_matrix.csv", 3), ["b/confusion_matrix.csv", "incomplete"]),
         (write("class_iou.csv", "class,iou\nsky,0.5\n"), ["b/confusion_matrix.csv", "classes"]),
         (write("options.json", '{"lr": 0.'), ["b/options.json", "cannot be read"]),
         (write("options.json", "[1]"), ["b/options.json", "cannot be read"]),
@@ -489,29 +492,29 @@ def test_unusable_run_is_refused_by_its_file_and_nothing_is_written(make, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_run_given_twice_is_refused_but_runs_of_one_name_are_told_apart(make, tmp_path):
+def test_run_given_twice_is_refused_but_two_runs_of_the_same_name_are_distinguished(make, tmp_path):
     one, other = write_run(tmp_path / "x" / "a"), write_run(tmp_path / "y" / "a")
     with pytest.raises(InputError, match="x/a: is given twice"):
         make(one, other, one)
     assert set(make(one, other).table("summary")) == {str(one), str(other)}
 
 
-@pytest.mark.parametrize("out", ["", "file/report.html"])
-def test_out_that_cannot_be_written_is_refused(tmp_path, out):
+@pytest.mark.parametrize(("out", "named"), [("", ""), ("file/report.html", "file")])
+def test_out_that_cannot_be_written_is_refused(tmp_path, out, named):
     (tmp_path / "file").write_text("")
     run = write_run(tmp_path / "a")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match=re.escape(str(tmp_path / out))):
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path / named}: ")):
         report.write_report([run], tmp_path / out, device=CPU)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_report_that_fails_half_way_leaves_the_old_one(make, tmp_path, monkeypatch):
+def test_report_that_fails_halfway_keeps_the_old_one(make, tmp_path, monkeypatch):
     run = write_run(tmp_path / "a")
     make(run)
     path = tmp_path / "out" / "report.html"
     old = path.read_bytes()
-    monkeypatch.setattr(report, "speed_section", lambda runs: 1 / 0)
+    monkeypatch.setattr(report, "speed_rows", lambda runs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make(run)
     assert path.read_bytes() == old and [file.name for file in path.parent.iterdir()] == ["report.html"]

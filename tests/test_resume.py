@@ -11,8 +11,9 @@ import torch
 import main
 from datasets.transforms import TrainTransform
 from tests.conftest import ROOT, TINY, before
-from utils.checkpoint import load_checkpoint
-from utils.cli import Interrupted, Interruption
+from utils import signals
+from utils.signals import StopSignals
+from utils.weights.load import load_checkpoint
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_a_signal_anywhere_saves_and_the_run_goes_on_bit_for_bit(
             start("halves", *flags)
     assert stop.value.code == 128 + number
     out = capsys.readouterr().out
-    assert f"{signal.Signals(number).name}: saving" in out and "with --continue_training goes on" in out
+    assert f"{signal.Signals(number).name}: saving" in out and "Add --continue_training to resume." in out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     again, out = start("halves", *flags, "--continue_training")
     assert same(again, scores) and history(tmp_path / "halves") == history(tmp_path / "whole")
@@ -122,7 +123,7 @@ def test_a_signal_before_the_first_iteration_saves_iteration_0(start, tmp_path, 
     signal_at(monkeypatch, "torch.utils.data.DataLoader.__iter__", 1, signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         start("a", "--total_itrs", 2)
-    assert stop.value.code == 143 and "interrupted at iteration 0" in capsys.readouterr().out
+    assert stop.value.code == 143 and "interrupted at iteration 0." in capsys.readouterr().out
     assert torch.load(tmp_path / "a/latest.pth", weights_only=True)["cur_itrs"] == 0
 
 
@@ -215,7 +216,7 @@ def test_finished_run_prints_its_scores_and_changes_nothing(start, tmp_path):
 
 def test_continuing_what_has_not_begun_starts_it_and_says_so(start, tmp_path):
     _, out = start("a", "--total_itrs", 2, "--continue_training")
-    assert "latest.pth is not there: the run starts from the beginning" in out
+    assert "latest.pth does not exist: starting from the beginning" in out
     assert (tmp_path / "a/latest.pth").is_file()
 
 
@@ -241,7 +242,7 @@ def test_runs_own_latest_wins_over_a_given_checkpoint(start, tmp_path):
     from_a = ["--continue_training", "--ckpt", tmp_path / "a/latest.pth"]
     start("b", "--total_itrs", 4, *from_a)
     _, out = start("b", "--total_itrs", 6, *from_a)
-    assert f"the run goes on from it, not from {tmp_path / 'a/latest.pth'}" in out
+    assert f"resuming from it, not from {tmp_path / 'a/latest.pth'}" in out
     assert "Itrs 5/6" in out and "Itrs 4/6" not in out
     assert [row["itr"] for row in history(tmp_path / "b")] == ["4", "6"]
 
@@ -259,7 +260,7 @@ def test_history_that_was_damaged_is_refused_by_name(start, tmp_path, capsys, te
     (tmp_path / "a/history.csv").write_text(text + "\nx\n")
     with pytest.raises(SystemExit) as stop:
         start("a", "--total_itrs", 4, "--continue_training")
-    assert stop.value.code == 2 and "history.csv: is not a history" in capsys.readouterr().err
+    assert stop.value.code == 2 and "history.csv: not a history" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_does_not_end_the_training(folder, tmp_path):
@@ -278,24 +279,25 @@ def test_a_reader_that_leaves_does_not_end_the_training(folder, tmp_path):
 def test_a_process_that_ignores_hangups_goes_on_ignoring_them():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with Interruption(print) as interruption:
-            os.kill(os.getpid(), signal.SIGHUP)
-            interruption.check()
+        stop = StopSignals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested()
+        stop.close()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_that_comes_while_the_processes_agree_is_not_lost():
-    class Agreeing:
-        """Others that had none, and a signal in the middle of asking them."""
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
+    def agree(value):
+        """The other processes have no signal, and this one gets one in the middle of asking them."""
+        os.kill(os.getpid(), signal.SIGTERM)
+        return value
 
-        def highest(self, value):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return value
-
-    with Interruption(print) as interruption:
-        interruption.check(Agreeing())
-        assert interruption.signal == signal.SIGTERM
-        with pytest.raises(Interrupted):
-            interruption.check()
+    monkeypatch.setattr(signals, "all_max", agree)
+    stop = StopSignals()
+    try:
+        assert not stop.requested() and stop.received == signal.SIGTERM
+        assert stop.requested()
+    finally:
+        stop.close()

@@ -35,7 +35,7 @@ ANY = "--min_score 0 --min_stability 0 --points_per_side 2 --device cpu --amp of
 
 @pytest.fixture(scope="module")
 def sam_folder(tmp_path_factory):
-    """The real SamModel, tiny and with random weights, and its processor."""
+    """A real but tiny SamModel with random weights, and its processor."""
     folder = tmp_path_factory.mktemp("sam")
     small = {"image_size": 64, "patch_size": 16}
     vision = SamVisionConfig(
@@ -64,7 +64,7 @@ def square(top, left, side, size=40):
     return inside
 
 
-def test_a_perfect_outline_repairs_a_ragged_prediction():
+def test_perfect_outlines_repair_a_ragged_prediction():
     truth = torch.from_numpy(square(10, 10, 20)).to(torch.uint8)
     ragged = truth.clone()
     ragged[10:30:2, 10:14] = 0
@@ -74,38 +74,38 @@ def test_a_perfect_outline_repairs_a_ragged_prediction():
     assert (refine(probabilities_of(ragged), masks) == truth).all()
 
 
-def test_zero_masks_and_masks_wholly_over_background_change_nothing():
+def test_no_masks_and_masks_entirely_over_background_change_nothing():
     ids = torch.from_numpy(square(10, 10, 10)).to(torch.uint8)
     assert (refine(probabilities_of(ids), []) == ids).all()
-    assert (refine(probabilities_of(ids), [Mask.of(square(22, 3, 15))]) == ids).all()
+    assert (refine(probabilities_of(ids), [Mask.from_array(square(22, 3, 15))]) == ids).all()
 
 
-def test_where_masks_overlap_the_smaller_wins_in_any_order():
+def test_where_masks_overlap_the_smaller_one_wins_in_any_order():
     ids = torch.zeros(40, 40, dtype=torch.uint8)
     ids[10:20, 10:20] = 2
-    masks = [Mask.of(square(10, 10, 10)), Mask.of(square(0, 0, 40))]
+    masks = [Mask.from_array(square(10, 10, 10)), Mask.from_array(square(0, 0, 40))]
     assert (refine(probabilities_of(ids), masks) == ids).all()
     assert (refine(probabilities_of(ids), masks[::-1]) == ids).all()
     assert (refine(probabilities_of(ids), masks[1:]) == 0).all()
 
 
-def test_small_and_doubtful_masks_leave_the_prediction():
+def test_small_and_uncertain_masks_change_nothing():
     ids = torch.from_numpy(square(10, 10, 6)).to(torch.uint8)
-    mask = [Mask.of(square(10, 10, 8))]  # 64 pixels, 36 of them of class 1: its mean is 0.49
+    mask = [Mask.from_array(square(10, 10, 8))]  # 64 pixels, 36 of them of class 1: its mean is 0.49
     assert (refine(probabilities_of(ids), mask, min_area=65, min_confidence=0) == ids).all()
     assert (refine(probabilities_of(ids), mask, min_confidence=0.6) == ids).all()
     assert int((refine(probabilities_of(ids), mask, min_confidence=0.4) == 1).sum()) == 64
 
 
-def test_a_mask_is_packed_and_comes_back_whole():
+def test_a_mask_survives_packing():
     inside = np.random.default_rng(0).random((31, 45)) < 0.3
-    mask = Mask.of(inside)
+    mask = Mask.from_array(inside)
     again = np.zeros_like(inside)
     again[mask.window] = mask.pixels()
     assert (again == inside).all() and mask.area == inside.sum() and mask.bits.nbytes <= inside.size // 8 + 1
 
 
-def test_true_masks_are_the_connected_regions_that_scipy_finds():
+def test_true_masks_are_the_connected_regions_of_scipy():
     from scipy.ndimage import label
 
     ids = np.random.default_rng(0).integers(0, 3, (30, 37)).astype(np.uint8)
@@ -115,7 +115,7 @@ def test_true_masks_are_the_connected_regions_that_scipy_finds():
     assert sum(mask.area for mask in masks) == (ids != 255).sum()
 
 
-def test_masks_of_the_real_model_are_bounded_in_number_and_the_same_for_any_batch(sam_folder):
+def test_masks_are_limited_in_number_and_the_same_for_any_batch(sam_folder):
     sam, image = load_sam(str(sam_folder), CPU), torch.randint(0, 256, (3, 48, 80), dtype=torch.uint8)
     bounds = {"points_per_side": 3, "min_score": 0, "min_stability": 0}
     one, all_at_once = (generate_masks(sam, image, points_per_batch=n, **bounds) for n in (1, 64))
@@ -124,7 +124,7 @@ def test_masks_of_the_real_model_are_bounded_in_number_and_the_same_for_any_batc
     assert generate_masks(sam, image, points_per_side=3) == []  # random weights pass no threshold
 
 
-def test_no_float_mask_of_a_large_picture_is_kept(sam_folder, monkeypatch):
+def test_masks_of_a_large_image_are_never_all_floats_at_once(sam_folder, monkeypatch):
     monkeypatch.setattr("network.sam.MASK_PIXELS", 2**20)
     sam, sizes = load_sam(str(sam_folder), CPU), []
     enlarge = sam.processor.post_process_masks
@@ -141,7 +141,7 @@ def test_no_float_mask_of_a_large_picture_is_kept(sam_folder, monkeypatch):
     assert all(mask.bits.nbytes <= 600 * 800 // 8 for mask in masks)
 
 
-def test_a_batch_too_large_for_the_memory_is_halved(sam_folder, monkeypatch):
+def test_a_batch_too_large_for_memory_is_halved(sam_folder, monkeypatch):
     sam, tried = load_sam(str(sam_folder), CPU), []
     forward = sam.model.forward
 
@@ -163,7 +163,7 @@ def test_boundary_is_the_ring_inside_the_outline():
     assert int(boundary(torch.ones(40, 40, dtype=torch.bool)).sum()) == 40 * 40 - 38 * 38
 
 
-def test_boundary_iou_counts_no_void_and_leaves_absent_classes_out():
+def test_boundary_iou_ignores_void_and_absent_classes():
     target = torch.from_numpy(square(10, 10, 20)).to(torch.uint8)
     target[9:12] = 255
     prediction = target.clone()
@@ -174,9 +174,9 @@ def test_boundary_iou_counts_no_void_and_leaves_absent_classes_out():
     assert result["Mean Boundary IoU"] == 1 and result["Class Boundary IoU"][2] != result["Class Boundary IoU"][2]
 
 
-def test_masks_are_drawn_inside_and_nothing_outside():
+def test_masks_are_drawn_and_nothing_outside_them():
     image = torch.full((3, 40, 40), 90, dtype=torch.uint8)
-    drawn = draw_masks(image, [Mask.of(square(5, 5, 20)), Mask.of(square(28, 28, 10))])
+    drawn = draw_masks(image, [Mask.from_array(square(5, 5, 20)), Mask.from_array(square(28, 28, 10))])
     inside = square(5, 5, 20) | square(28, 28, 10)
     assert ((drawn != 90).any(axis=2) == inside).all() and (drawn[5, 5] == 255).all()
     assert (drawn[15, 15] != drawn[33, 33]).any()
@@ -221,10 +221,10 @@ def test_sam_draws_with_and_without_a_model_and_scores_a_split(run, ckpt):
     assert list(images[0]) == "image masks model_seconds masks_seconds refinement_seconds".split()
     assert sorted(row["image"] for row in images) == ["a1", "a2", "a3", "a4"]
     assert all(int(row["masks"]) >= 4 and float(row["model_seconds"]) > 0 for row in images)
-    assert "4 images, a mean time" in out
+    assert "4 images, mean time per image: model " in out
 
 
-def test_large_pictures_of_a_data_set_are_drawn_small_and_scored_at_native_size(folder, monkeypatch):
+def test_large_images_are_drawn_small_but_scored_at_native_size(folder, monkeypatch):
     monkeypatch.setattr("utils.pictures.sam.LONGEST_SIDE", 26)
     dataset = build_dataset("folder", folder, "train")  # 40 x 52 and 52 x 40
     small, large = (dataset_items(dataset, [0, 1], native=native) for native in (False, True))
@@ -239,12 +239,12 @@ def test_large_pictures_of_a_data_set_are_drawn_small_and_scored_at_native_size(
     assert set(small[0].read()[1].unique().tolist()) <= {0, 1, 2, 3, 255}
 
 
-def test_zero_masks_are_a_result(run):
+def test_finding_no_masks_is_a_result(run):
     out, path = run("--num", 1, "--min_score", 0.99)
     assert "0 masks" in out and path.is_file()
 
 
-def test_an_unreadable_picture_exits_with_2_after_the_others_are_drawn(run, folder, capsys):
+def test_an_unreadable_image_exits_with_2_after_the_others_are_drawn(run, folder, capsys):
     (folder / "JPEGImages/a0.jpg").write_bytes(b"no picture")
     with pytest.raises(SystemExit) as stop:
         run("--input", folder / "JPEGImages", "--num", 2, data=False)
@@ -253,16 +253,16 @@ def test_an_unreadable_picture_exits_with_2_after_the_others_are_drawn(run, fold
     assert "a1.jpg: " in printed.out and "Written" in printed.out
 
 
-def test_folders_without_a_sam_and_names_without_a_hub_are_refused(sam_folder, tmp_path, monkeypatch):
+def test_folders_without_sam_and_names_without_a_hub_are_refused(sam_folder, tmp_path, monkeypatch):
     import huggingface_hub.constants
     from safetensors.torch import load_file, save_file
 
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     for name in (str(tmp_path / "missing"), "facebook/sam-of-nowhere"):
-        with pytest.raises(InputError, match="is no folder, and the hub does not give it"):
+        with pytest.raises(InputError, match="is not a local folder, and the hub did not provide it"):
             load_sam(name, CPU)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no SAM that can be loaded"):
+    with pytest.raises(InputError, match="is not a SAM model that can be loaded"):
         load_sam(str(tmp_path / "empty"), CPU)
     lame = tmp_path / "lame"
     lame.mkdir()
@@ -271,11 +271,11 @@ def test_folders_without_a_sam_and_names_without_a_hub_are_refused(sam_folder, t
     weights = load_file(sam_folder / "model.safetensors")
     weights.pop(next(key for key in weights if "iou_prediction_head" in key))
     save_file(weights, lame / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="1 weights of SAM are missing"):
+    with pytest.raises(InputError, match="lacks 1 weights"):
         load_sam(str(lame), CPU)
 
 
-def test_other_weights_and_damaged_ones_are_refused(sam_folder, tmp_path):
+def test_weights_of_other_models_and_damaged_weights_are_refused(sam_folder, tmp_path):
     from transformers import ViTConfig, ViTModel
 
     vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
@@ -288,18 +288,18 @@ def test_other_weights_and_damaged_ones_are_refused(sam_folder, tmp_path):
         shutil.copytree(sam_folder, tmp_path / name)
         weights = tmp_path / name / "model.safetensors"
         weights.write_bytes(damage(weights.read_bytes()))
-        with pytest.raises(InputError, match="holds no SAM that can be loaded"):
+        with pytest.raises(InputError, match="is not a SAM model that can be loaded"):
             load_sam(str(tmp_path / name), CPU)
 
 
-def test_without_transformers_the_message_says_how_to_get_it(monkeypatch):
+def test_without_transformers_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match="pip install transformers"):
+    with pytest.raises(InputError, match=r"^--sam: transformers .*; pip install transformers$"):
         load_sam("any", CPU)
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What transformers asks of the hub for one model, out of `folder`; with `silent`, nothing ever."""
+    """Serves one model from `folder` as the hub does; with `silent` it never answers."""
 
     folder, silent, asked = None, False, []
 
@@ -310,7 +310,7 @@ class Hub(BaseHTTPRequestHandler):
             return
         path = self.folder / self.path.rpartition("/")[2]
         if "/tree/" in self.path:
-            found, body = True, b"[]"  # of further files
+            found, body = True, b"[]"  # no further files
         elif self.path.startswith("/api/models/own/sam"):
             found, body = True, b'{"id": "own/sam", "sha": "0123", "siblings": []}'
         else:
@@ -334,7 +334,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(sam_folder, tmp_path, monkeypatch):
-    """A hub on this machine: its handler class, to be told what to do."""
+    """Runs a hub on this machine; returns its handler class, which controls it."""
     handler = type("Handler", (Hub,), {"folder": sam_folder, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -344,25 +344,25 @@ def hub(sam_folder, tmp_path, monkeypatch):
     server.shutdown()
 
 
-def test_a_hub_gives_the_model_and_its_cache_gives_it_without_the_hub(hub, folder, tmp_path, monkeypatch):
+def test_a_model_comes_from_the_hub_and_later_from_its_cache(hub, folder, tmp_path, monkeypatch):
     data = ["--dataset", "folder", "--data_root", folder, "--num", 1, "--out", tmp_path / "sam.png"]
     command = ["sam", "--sam", "own/sam", *ANY, *data]
     result = run_main(*command, script="visualize.py")
     assert result.returncode == 0, result.stderr
     assert any("model.safetensors" in path for path in hub.asked)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     again = run_main(*command, script="visualize.py")
     assert again.returncode == 0 and "masks" in again.stdout, again.stderr
 
 
-def test_a_hub_that_does_not_answer_is_given_up_soon(hub, monkeypatch):
+def test_a_hub_that_does_not_answer_is_soon_given_up(hub, monkeypatch):
     import huggingface_hub.constants
 
     hub.silent = True
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", os.environ["HF_ENDPOINT"])
     monkeypatch.setattr("network.sam.HUB_TIMEOUT", 0.2)
     start = time.perf_counter()
-    with pytest.raises(InputError, match="the hub does not give it"):
+    with pytest.raises(InputError, match="the hub did not provide it"):
         load_sam("own/unheard", CPU)
     assert hub.asked and time.perf_counter() - start < 4
 
@@ -371,7 +371,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(hub, monkeypatch):
     ("arguments", "words"),
     [(["--eval", "2"], "add --ckpt"), (["--input", "x", "--true_masks"], "--input"), (["--eval", "0"], "--eval")],
 )
-def test_flags_that_do_not_fit_are_refused(run, capsys, arguments, words):
+def test_contradicting_flags_are_refused(run, capsys, arguments, words):
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     assert stop.value.code == 2 and words in capsys.readouterr().err

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.io
 import scipy.sparse
-from conftest import ROOT, assert_refused, write_picture
+from conftest import ROOT, assert_refused, before, write_picture
 from filelock import FileLock
 from PIL import Image
 
@@ -18,15 +18,15 @@ from datasets.prepare import sbd
 from datasets.voc import voc_colormap
 from utils.errors import InputError
 
-TRAIN, VAL = ["2007_000032", "2007_000039"], ["2007_000033", "2007_000042"]  # of VOC
+TRAIN, VAL = ["2007_000032", "2007_000039"], ["2007_000033", "2007_000042"]  # in VOC
 SBD = {"train": ["2007_000032", "2008_000002", "2007_000042"], "val": ["2008_000007", "2010_000123"]}
-ONLY_SBD = ["2008_000002", "2008_000007", "2010_000123"]  # in no list of VOC
+ONLY_SBD = ["2008_000002", "2008_000007", "2010_000123"]  # in none of VOC's lists
 SIZES = [(30, 41), (41, 30), (33, 36)]
 CLS = "benchmark_RELEASE/dataset/cls"
 
 
 def class_ids(id: str, source: str) -> np.ndarray:
-    """Something different for each id and each source, of the id's size."""
+    """Returns a mask that differs for each id and source, in the size of the id."""
     numbers = np.random.default_rng([int(id.replace("_", "")), source == "sbd"])
     height, width = SIZES[int(id[-1]) % len(SIZES)]
     mask = numbers.integers(0, 21, (height // 3 + 1, width // 3 + 1)).repeat(3, 0).repeat(3, 1)  # [H + 1.., W + 1..]
@@ -37,7 +37,7 @@ def class_ids(id: str, source: str) -> np.ndarray:
 
 
 def mat(mask: object, *, field: str = "Segmentation", struct: str = "GTcls") -> bytes:
-    """A file as SBD has them: a struct with the mask, a cell of sparse boundaries, the classes that are present."""
+    """Returns a file like SBD's: a struct with the mask, a cell of sparse boundaries, the classes present."""
     boundaries = np.empty((20, 1), object)
     for row in range(20):
         boundaries[row, 0] = scipy.sparse.csc_matrix(np.eye(5, dtype=bool))
@@ -48,9 +48,9 @@ def mat(mask: object, *, field: str = "Segmentation", struct: str = "GTcls") -> 
 
 
 def release() -> dict[str, bytes]:
-    """SBD's files by their names in the archive."""
+    """Returns SBD's files by their names in the archive."""
     files = {f"{CLS}/{id}.mat": mat(class_ids(id, "sbd")) for ids in SBD.values() for id in ids}
-    files |= {f"benchmark_RELEASE/dataset/img/{id}.jpg": b"a picture" for id in ONLY_SBD}
+    files |= {f"benchmark_RELEASE/dataset/img/{id}.jpg": b"an image" for id in ONLY_SBD}
     files |= {f"benchmark_RELEASE/dataset/inst/{id}.mat": b"instances" for id in ONLY_SBD}
     lists = {f"benchmark_RELEASE/dataset/{name}.txt": "\n".join(ids).encode() for name, ids in SBD.items()}
     return {"benchmark_RELEASE/README": b"read me", **files, **lists}
@@ -107,15 +107,15 @@ def assert_built(voc: Path) -> None:
         name = f"{id}.png"
         assert (voc / sbd.MASKS / name).read_bytes() == (voc / "SegmentationClass" / name).read_bytes()
     for id in ONLY_SBD:
-        with Image.open(voc / sbd.MASKS / f"{id}.png") as picture:
-            assert picture.mode == "P"
-            assert np.array_equal(picture, class_ids(id, "sbd"))
-            colours = np.array(picture.convert("RGB"))
+        with Image.open(voc / sbd.MASKS / f"{id}.png") as image:
+            assert image.mode == "P"
+            assert np.array_equal(image, class_ids(id, "sbd"))
+            colours = np.array(image.convert("RGB"))
         assert np.array_equal(colours, voc_colormap()[class_ids(id, "sbd")])
 
 
 def refuse(source: Path, voc: Path, capsys: pytest.CaptureFixture, *words: str) -> None:
-    """Exit code 2 and one line with all the words; no list is written."""
+    """Asserts exit code 2, one line with all the words, and that no list is written."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as refusal:
         run(source, voc)
@@ -132,30 +132,30 @@ def state(voc: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths}
 
 
-def test_the_set_is_sbd_and_train_less_val_and_vocs_masks_win(voc, source, capsys):
+def test_the_set_is_sbd_and_train_minus_val_and_vocs_masks_win(voc, source, capsys):
     run(source, voc)
     assert_built(voc)
     out = capsys.readouterr().out
-    assert "3 masks from SBD, 2 from VOC; 1 of SBD left out" in out
-    assert "5 pictures in train_aug, not 10582" in out
+    assert "3 masks from SBD, 2 from VOC; 1 of SBD left out (in val)" in out
+    assert "5 images in train_aug, not 10582" in out
     assert f"next: python main.py --year 2012_aug --data_root {voc.parent.parent}" in out
 
 
 @pytest.mark.parametrize("given", ["", "benchmark_RELEASE", "benchmark_RELEASE/dataset"])
-def test_an_extracted_folder_does_as_well_at_any_of_its_levels(voc, tmp_path, given):
+def test_an_extracted_folder_works_at_any_of_its_levels(voc, tmp_path, given):
     extra = {f"{CLS}/._2008_000002.mat": b"of macOS", "benchmark_RELEASE/dataset/notes.txt": b"mine"}
     run(extracted(tmp_path / "sbd", release() | extra) / given, voc)
     assert_built(voc)
 
 
 @pytest.mark.parametrize("mode", ["w", "w:bz2", "w:xz"])
-def test_other_compressions_and_a_leading_dot_do_as_well(voc, tmp_path, mode):
+def test_other_compressions_and_a_leading_dot_work(voc, tmp_path, mode):
     files = {f"./{name}": content for name, content in release().items()}
     run(archive(tmp_path / "packed", files | {f"./{CLS}/._2008_000002.mat": b"of macOS"}, mode), voc)
     assert_built(voc)
 
 
-def test_an_id_of_val_is_left_out_though_train_lists_it_too(voc, source):
+def test_an_id_of_val_is_left_out_even_if_train_lists_it(voc, source):
     with (voc / "ImageSets" / "Segmentation" / "train.txt").open("a") as file:
         file.write(f"{VAL[0]}\n")
     run(source, voc)
@@ -172,7 +172,7 @@ def test_main_opens_what_was_built(voc, source):
         assert np.array_equal(mask.numpy(), class_ids(id, where))
 
 
-def test_a_set_that_is_there_is_left_as_it_is_and_needs_no_source(voc, source, capsys):
+def test_an_existing_set_is_left_unchanged_and_needs_no_source(voc, source, capsys):
     run(source, voc)
     before = state(voc)
     capsys.readouterr()
@@ -182,7 +182,7 @@ def test_a_set_that_is_there_is_left_as_it_is_and_needs_no_source(voc, source, c
 
 
 @pytest.mark.parametrize("remnant", ["a missing mask", "an empty list"])
-def test_a_set_with_a_gap_is_not_taken_for_whole(voc, source, remnant):
+def test_a_set_with_a_gap_is_not_taken_as_complete(voc, source, remnant):
     run(source, voc)
     if remnant == "an empty list":
         (voc / sbd.LIST).write_text("")
@@ -193,17 +193,12 @@ def test_a_set_with_a_gap_is_not_taken_for_whole(voc, source, remnant):
 
 
 @pytest.mark.parametrize("after", range(6))  # 2 masks of VOC, 3 of SBD, the list
-def test_a_build_that_was_cut_off_has_no_list_and_is_completed(voc, source, monkeypatch, after):
-    replacing, calls = sbd.replacing, []
-
-    def cut(path: Path):
-        calls.append(path)
-        if len(calls) > after:
-            raise KeyboardInterrupt
-        return replacing(path)
+def test_an_interrupted_build_has_no_list_and_is_completed(voc, source, monkeypatch, after):
+    def interrupt(_: Path) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as interrupted:
-        patch.setattr(sbd, "replacing", cut)
+        before(patch, "utils.files.replacing", after + 1, interrupt)
         run(source, voc)
     assert interrupted.value.code == 130
     assert not (voc / sbd.LIST).exists()
@@ -212,7 +207,7 @@ def test_a_build_that_was_cut_off_has_no_list_and_is_completed(voc, source, monk
     assert_built(voc)
 
 
-def test_masks_that_are_there_without_a_list_are_written_anew(voc, source):
+def test_masks_without_a_list_are_rewritten(voc, source):
     write_picture(voc / sbd.MASKS / "2008_000002.png", np.zeros((5, 5), np.uint8))
     write_picture(voc / sbd.MASKS / "2007_000032.png", np.zeros((5, 5), np.uint8))
     run(source, voc)
@@ -237,7 +232,7 @@ def test_two_builds_do_not_mix(voc, source, capsys):
         (f"{CLS}/2008_000009\nx.mat", ["2008_000009\\nx.mat"]),
     ],
 )
-def test_a_member_that_climbs_or_is_no_id_is_named_and_writes_nothing(voc, tmp_path, capsys, name, words):
+def test_a_member_outside_the_folder_or_without_an_id_is_named_and_writes_nothing(voc, tmp_path, capsys, name, words):
     packed = archive(tmp_path / "benchmark.tgz", release() | {name: mat(class_ids("2008_000002", "sbd"))})
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     refuse(packed, voc, capsys, str(packed), *words)
@@ -246,7 +241,7 @@ def test_a_member_that_climbs_or_is_no_id_is_named_and_writes_nothing(voc, tmp_p
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
-def test_a_member_that_is_no_plain_file_is_named(voc, tmp_path, capsys, kind):
+def test_a_member_that_is_not_a_plain_file_is_named(voc, tmp_path, capsys, kind):
     member = tarfile.TarInfo(f"{CLS}/2008_000009.mat")
     member.type, member.linkname = kind, "/etc/passwd"
     refuse(archive(tmp_path / "benchmark.tgz", release() | {member.name: member}), voc, capsys, member.name)
@@ -268,8 +263,8 @@ BAD_MASKS = {
     "cut": (mat(class_ids("2008_000002", "sbd"))[:300], ["cannot be read"]),
     "no GTcls": (mat(class_ids("2008_000002", "sbd"), struct="GTinst"), ["KeyError", "GTcls"]),
     "no Segmentation": (mat(class_ids("2008_000002", "sbd"), field="Mask"), ["Segmentation", "cannot be read"]),
-    "floats": (mat(np.zeros((HEIGHT, WIDTH))), ["no uint8 matrix"]),
-    "a volume": (mat(np.zeros((HEIGHT, WIDTH, 3), np.uint8)), ["no uint8 matrix"]),
+    "floats": (mat(np.zeros((HEIGHT, WIDTH))), ["not a uint8 matrix"]),
+    "a volume": (mat(np.zeros((HEIGHT, WIDTH, 3), np.uint8)), ["not a uint8 matrix"]),
     "a class too many": (mat(np.full((HEIGHT, WIDTH), 21, np.uint8)), ["value 21", "0..20"]),
     "turned": (mat(np.zeros((WIDTH, HEIGHT), np.uint8)), [f"{HEIGHT}x{WIDTH}", f"{WIDTH}x{HEIGHT}"]),
 }
@@ -288,7 +283,7 @@ def test_void_in_a_mask_of_sbd_is_kept(voc, tmp_path):
     assert np.array_equal(Image.open(voc / sbd.MASKS / "2008_000002.png"), mask)
 
 
-def test_damaged_bytes_give_a_mask_or_a_line_never_a_traceback():
+def test_damaged_bytes_give_a_mask_or_one_line_never_a_traceback():
     good, numbers, refused = mat(class_ids("2008_000002", "sbd")), random.Random(1), 0
     for _ in range(150):
         damaged = bytearray(good)
@@ -304,16 +299,16 @@ def test_damaged_bytes_give_a_mask_or_a_line_never_a_traceback():
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_an_archive_that_was_cut_short_is_refused_wherever_the_cut_is(voc, tmp_path, capsys, mode):
+def test_a_truncated_archive_is_refused_wherever_it_was_cut(voc, tmp_path, capsys, mode):
     whole = archive(tmp_path / "whole", release(), mode).read_bytes()
-    # The last quarter of a plain tar is its lists and the padding behind them.
+    # The last quarter of a plain tar holds the lists and the padding after them.
     for share in (0, 0.1, 0.3, 0.5, 0.7):
         cut = tmp_path / "benchmark.tgz"
         cut.write_bytes(whole[: int(len(whole) * share) // 512 * 512])
         refuse(cut, voc, capsys, str(cut), "benchmark.tgz")
 
 
-def test_masks_that_sbds_lists_name_must_be_there(voc, tmp_path, capsys):
+def test_masks_in_sbds_lists_must_exist(voc, tmp_path, capsys):
     files = release()
     del files[f"{CLS}/2008_000007.mat"]
     refuse(extracted(tmp_path / "a", files), voc, capsys, "lacks cls/2008_000007.mat (1 such")
@@ -322,7 +317,7 @@ def test_masks_that_sbds_lists_name_must_be_there(voc, tmp_path, capsys):
     refuse(archive(tmp_path / "b.tgz", files), voc, capsys, "lacks dataset/val.txt")
 
 
-def test_a_source_that_is_none_is_named(voc, tmp_path, capsys):
+def test_an_invalid_source_is_named(voc, tmp_path, capsys):
     refuse(tmp_path / "none.tgz", voc, capsys, "none.tgz", "no such", "https://")
     refuse(voc, voc, capsys, str(voc), "dataset/cls")
     (tmp_path / "text.tgz").write_text("not found" * 200)
@@ -330,19 +325,19 @@ def test_a_source_that_is_none_is_named(voc, tmp_path, capsys):
     refuse(archive(tmp_path / "other.tgz", {"a/b.txt": b"c"}), voc, capsys, "other.tgz", "lacks dataset/train.txt")
 
 
-def test_a_picture_that_voc_lacks_is_named_and_counted(voc, source, capsys):
+def test_an_image_that_voc_lacks_is_named_and_counted(voc, source, capsys):
     for id in ("2008_000007", "2010_000123"):
         (voc / "JPEGImages" / f"{id}.jpg").unlink()
-    refuse(source, voc, capsys, "2008_000007.jpg", "2 such pictures")
+    refuse(source, voc, capsys, "2008_000007.jpg", "2 such images")
 
 
-def test_vocs_own_picture_that_is_missing_or_of_another_size_is_named(voc, source, capsys):
-    picture = voc / "JPEGImages" / f"{TRAIN[0]}.jpg"
-    write_picture(picture, np.zeros((9, 9, 3), np.uint8))
+def test_an_image_of_voc_that_is_missing_or_of_another_size_is_named(voc, source, capsys):
+    image = voc / "JPEGImages" / f"{TRAIN[0]}.jpg"
+    write_picture(image, np.zeros((9, 9, 3), np.uint8))
     refuse(source, voc, capsys, f"{TRAIN[0]}.png", "9x9")
-    picture.write_bytes(b"no picture")
+    image.write_bytes(b"no image")
     refuse(source, voc, capsys, f"{TRAIN[0]}.jpg", "cannot be read")
-    picture.unlink()
+    image.unlink()
     refuse(source, voc, capsys, f"{TRAIN[0]}.jpg", "missing")
 
 
@@ -357,7 +352,7 @@ def test_a_folder_that_cannot_be_written_is_named(voc, source, capsys):
     refuse(source, voc, capsys, sbd.MASKS, "cannot be written")
 
 
-def test_scipy_is_asked_for_where_it_is_missing(voc, source, capsys, monkeypatch):
+def test_missing_scipy_is_named_with_its_install_command(voc, source, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     refuse(source, voc, capsys, "pip install scipy")
 

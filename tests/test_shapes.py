@@ -11,6 +11,7 @@ from PIL import Image
 
 from datasets import shapes
 from datasets.voc import voc_colormap
+from tests.conftest import before
 from utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -27,14 +28,14 @@ def read_masks(folder: Path, split: str) -> list[np.ndarray]:
 
 
 def read_pixels(folder: Path, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """RGB `[n, 3]` and class ids `[n]` of each picture's pixels that are not void."""
+    """Yields RGB `[n, 3]` and class ids `[n]` of the pixels of each image that are not void."""
     for id, mask in zip(read_list(folder, split), read_masks(folder, split), strict=True):
         colours = np.array(Image.open(folder / "JPEGImages" / f"{id}.jpg"))
         yield colours[mask != 255].astype(int), mask[mask != 255].astype(int)
 
 
 def table_miou(folder: Path, table: np.ndarray, levels: int) -> float:
-    """Mean IoU on val of `table[RGB, each in that many levels]` = class id."""
+    """Returns the mean IoU on val of predicting `table[RGB]`, each channel in so many `levels`."""
     num_classes = len((folder / "class_names.txt").read_text().splitlines())
     confusion = np.zeros((num_classes, num_classes), int)
     for colours, ids in read_pixels(folder, "val"):
@@ -44,7 +45,7 @@ def table_miou(folder: Path, table: np.ndarray, levels: int) -> float:
 
 
 def count_colours(folder: Path, levels: int) -> np.ndarray:
-    """Pixels of train by red, green and blue level and by class, `[levels, levels, levels, classes]`."""
+    """Counts the pixels of train by red, green and blue level and by class: `[levels, levels, levels, classes]`."""
     num_classes = len((folder / "class_names.txt").read_text().splitlines())
     counts = np.zeros((levels, levels, levels, num_classes), int)
     for colours, ids in read_pixels(folder, "train"):
@@ -53,14 +54,17 @@ def count_colours(folder: Path, levels: int) -> np.ndarray:
 
 
 def colour_lookup_miou(folder: Path, *, levels: int = 16, balanced: bool = False) -> float:
-    """Mean IoU on val of each colour's most frequent class in train; balanced: most frequent for its class."""
+    """Returns the mean IoU on val of predicting the class most frequent for a colour in train.
+
+    balanced: relative to the frequency of the class.
+    """
     counts = count_colours(folder, levels)
     weights = 1 / counts.sum((0, 1, 2)) if balanced else 1
     return table_miou(folder, (counts * weights).argmax(-1), levels)
 
 
 def constant_miou(folder: Path) -> float:
-    """Mean IoU on val of the class that is most frequent in train, everywhere."""
+    """Returns the mean IoU on val of always predicting the most frequent class of train."""
     return table_miou(folder, np.full((1, 1, 1), count_colours(folder, 1).argmax()), 1)
 
 
@@ -70,7 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A quarter of the default set: large enough to tell frequencies and a lookup's score, not to be changed."""
+    """A quarter of the default set: enough to measure frequencies and the score of a lookup. Do not change it."""
     return shapes.generate(tmp_path_factory.mktemp("shapes") / "quarter", num_images=125)
 
 
@@ -79,10 +83,10 @@ def small(tmp_path) -> Path:
     return shapes.generate(tmp_path / "small", **SMALL)
 
 
-# What is drawn
+# Drawing
 
 
-def test_same_arguments_give_the_same_bytes_and_another_seed_other_pictures(small, tmp_path):
+def test_same_arguments_give_the_same_bytes_and_another_seed_other_images(small, tmp_path):
     again = shapes.generate(tmp_path / "again", **SMALL)
     other = contents(shapes.generate(tmp_path / "other", **{**SMALL, "seed": 6}))
     first = contents(small)
@@ -90,7 +94,7 @@ def test_same_arguments_give_the_same_bytes_and_another_seed_other_pictures(smal
     assert not any(other[name] == first[name] for name in first if name.endswith((".jpg", ".png")))
 
 
-def test_picture_and_its_split_do_not_depend_on_how_many_there_are(small, tmp_path):
+def test_an_image_and_its_split_do_not_depend_on_the_number_of_images(small, tmp_path):
     more = shapes.generate(tmp_path / "more", **{**SMALL, "num_images": 22})
     few, many = contents(small), contents(more)
     assert all(many[name] == few[name] for name in few if name.endswith((".jpg", ".png")))
@@ -112,7 +116,7 @@ def test_layout_is_that_of_voc(folder):
         assert mask.getpalette() == voc_colormap().ravel().tolist()
 
 
-def test_masks_hold_class_ids_and_a_thin_void_border_parts_every_two_of_them(folder):
+def test_masks_hold_class_ids_separated_by_thin_void_borders(folder):
     masks = read_masks(folder, "trainval")
     assert set(np.concatenate([mask.ravel() for mask in masks])) == {*range(7), 255}
     for mask in masks:
@@ -124,7 +128,7 @@ def test_masks_hold_class_ids_and_a_thin_void_border_parts_every_two_of_them(fol
     assert 0.02 < np.mean([(mask == 255).mean() for mask in masks]) < 0.2
 
 
-def test_pictures_have_several_sizes_landscape_and_portrait(folder):
+def test_images_have_several_sizes_both_landscape_and_portrait(folder):
     sizes = [mask.shape for mask in read_masks(folder, "trainval")]
     assert set(sizes) == {(128, 128), (128, 160), (160, 128), (96, 128)}
     assert min(sizes.count(size) for size in set(sizes)) > 12
@@ -136,7 +140,7 @@ def test_classes_differ_in_frequency(folder):
     assert shown_in[0] == 125 and shown_in[6] > 12
 
 
-def test_several_classes_share_most_pictures(folder):
+def test_most_images_show_several_classes(folder):
     assert np.mean([len(np.unique(mask)) > 3 for mask in read_masks(folder, "trainval")]) > 0.6
 
 
@@ -155,7 +159,7 @@ def test_colour_lookup_finds_classes_that_differ_in_colour(small):
 
 
 def test_texture_lies_where_the_mask_has_the_class():
-    slopes = {0: [], 1: []}  # of brightness, down and across: level stripes change downwards
+    slopes = {0: [], 1: []}  # of brightness, downwards and across: level stripes change downwards
     for index in range(12):
         image, mask = shapes.draw(index, num_classes=2, size=128, seed=1)
         grey, ids = np.array(image.convert("L"), float), np.array(mask)
@@ -177,10 +181,10 @@ def test_151_classes_look_different_and_the_smallest_set_of_them_has_each_in_bot
     assert shown[True] == shown[False] == {*range(151), 255}
 
 
-# How it is written
+# Writing
 
 
-def test_set_that_is_there_is_not_written_again(small, monkeypatch):
+def test_an_existing_set_is_not_rewritten(small, monkeypatch):
     def times() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in [small, *small.rglob("*")]}
 
@@ -237,28 +241,20 @@ def test_two_processes_started_together_give_one_valid_set(tmp_path):
 
 
 def test_loser_of_a_race_uses_the_winners_set(tmp_path, monkeypatch):
-    folder, write = tmp_path / "set", shapes._write
+    folder = tmp_path / "set"
 
-    def write_while_another_wins(*args):
-        write(*args)
-        monkeypatch.setattr(shapes, "_write", write)
+    def win(_: int) -> None:
         shapes.generate(folder, **SMALL)
         (folder / "winner").touch()
 
-    monkeypatch.setattr(shapes, "_write", write_while_another_wins)
+    before(monkeypatch, "datasets.shapes.draw", 14, win)
     assert shapes.generate(folder, **SMALL) == folder
     assert (folder / "winner").exists() and list(tmp_path.iterdir()) == [folder]
 
 
 def test_loser_of_a_race_with_other_arguments_is_refused(tmp_path, monkeypatch):
-    folder, write = tmp_path / "set", shapes._write
-
-    def write_while_another_wins(*args):
-        write(*args)
-        monkeypatch.setattr(shapes, "_write", write)
-        shapes.generate(folder, **{**SMALL, "seed": 6})
-
-    monkeypatch.setattr(shapes, "_write", write_while_another_wins)
+    folder = tmp_path / "set"
+    before(monkeypatch, "datasets.shapes.draw", 14, lambda _: shapes.generate(folder, **{**SMALL, "seed": 6}))
     with pytest.raises(InputError, match="seed 6, not 5"):
         shapes.generate(folder, **SMALL)
     assert json.loads((folder / "shapes.json").read_text())["seed"] == 6
@@ -271,21 +267,21 @@ def test_folder_of_something_else_is_refused_and_kept(tmp_path, content):
     if content is not None:
         (tmp_path / "shapes.json").write_text(content)
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=r"no generated data set .*choose another"):
+    with pytest.raises(InputError, match=r"has no readable shapes\.json.*choose another"):
         shapes.generate(tmp_path, **SMALL)
     assert contents(tmp_path) == before
 
 
 def test_file_in_the_folders_place_is_refused_and_kept(tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(InputError, match="file: is no generated data set"):
+    with pytest.raises(InputError, match=r"file: has no readable shapes\.json"):
         shapes.generate(tmp_path / "file", **SMALL)
-    with pytest.raises(InputError, match=r"below: cannot be written .*choose another folder"):
+    with pytest.raises(InputError, match=r"below: cannot be written .*choose another path"):
         shapes.generate(tmp_path / "file" / "below", **SMALL)
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_empty_folder_and_missing_parents_are_used_and_readable_as_any_other(tmp_path, monkeypatch):
+def test_an_empty_folder_and_missing_parents_are_used_with_the_usual_permissions(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     shapes.generate(".", **SMALL)
@@ -300,7 +296,7 @@ def test_empty_folder_and_missing_parents_are_used_and_readable_as_any_other(tmp
 def test_command_writes_the_set_and_says_what_and_where(tmp_path, capsys):
     folder = tmp_path / "set"
     shapes.main(["--out", str(folder), "--classes", "4", "--images", "14", "--size", "64", "--seed", "5"])
-    assert capsys.readouterr().out == f"{folder}: 14 images (11 train, 3 val), 4 classes with background\n"
+    assert capsys.readouterr().out == f"{folder}: 14 images (11 train, 3 val), 4 classes including background\n"
     assert contents(folder) == contents(shapes.generate(tmp_path / "same", **SMALL))
     assert (len(read_list(folder, "train")), len(read_list(folder, "val"))) == (11, 3)
 
@@ -336,4 +332,4 @@ def test_help_says_whether_classes_count_background(capsys):
     with pytest.raises(SystemExit) as exit:
         shapes.main(["--help"])
     assert exit.value.code == 0
-    assert "2 to 151, background counted" in capsys.readouterr().out
+    assert "2 to 151, including background" in capsys.readouterr().out

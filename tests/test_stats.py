@@ -7,10 +7,17 @@ from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 
 from datasets import build_dataset
-from datasets.stats import ClassStatistics, choose_samples, class_statistics, format_statistics, statistics_table
+from datasets.stats import (
+    CLASS_WEIGHTS,
+    ClassStatistics,
+    choose_samples,
+    class_statistics,
+    class_weights,
+    format_statistics,
+    statistics_table,
+)
 from tests.conftest import write_picture
 from utils.errors import InputError
-from utils.loss import CLASS_WEIGHTS, class_weights
 
 MASKS = {  # of the folder's training images; classes sky, road, tree, car
     "a1": [[0, 0, 0, 255], [0, 0, 0, 255]],
@@ -22,7 +29,7 @@ MASKS = {  # of the folder's training images; classes sky, road, tree, car
 
 @pytest.fixture
 def counted(folder) -> ClassStatistics:
-    """Statistics of MASKS; two of the photographs are missing."""
+    """Statistics of MASKS; two of the images are missing."""
     for name, mask in MASKS.items():
         write_picture(folder / "SegmentationClass" / f"{name}.png", np.array(mask, np.uint8))
     for name in ("a1", "a4"):
@@ -153,7 +160,7 @@ def test_void_counts_in_the_size_of_an_image():
     assert [choose_samples(statistics, 1, seed) for seed in range(8)] == [[1]] * 8
 
 
-def test_a_speck_will_do_where_there_are_too_few_images_for_anything_better():
+def test_a_speck_is_enough_if_there_are_too_few_images_for_anything_better():
     statistics = make([[900, 1, 1], [0, 900, 0], [0, 0, 900]], area=1000)
     assert sorted(choose_samples(statistics, 3, seed=1)) == [0, 1, 2]
     assert choose_samples(statistics, 1, seed=1) == [0]
@@ -165,13 +172,13 @@ def test_too_few_images_to_cover_the_classes_are_refused_with_the_number_needed(
         choose_samples(statistics, 2, seed=1)
 
 
-def test_more_images_than_there_are_are_refused_with_both_numbers():
+def test_more_images_than_exist_are_refused_with_both_numbers():
     statistics = make([[9], [9]])
     with pytest.raises(InputError, match="--num 3: the split has only 2 images"):
         choose_samples(statistics, 3, seed=1)
 
 
-def test_all_images_can_be_chosen_also_those_without_a_label():
+def test_all_images_can_be_chosen_even_those_without_a_label():
     choice = choose_samples(make([[0, 0], [9, 0], [0, 0], [0, 9]]), 4, seed=1)
     assert sorted(choice) == [0, 1, 2, 3] and set(choice[:2]) == {1, 3}
 
@@ -220,7 +227,7 @@ def test_median_frequency_weights_divide_by_the_images_that_show_the_class():
     assert weights.tolist() == pytest.approx([0.625 * scale, 5 * scale, scale, 0])
 
 
-def test_effective_number_weights_divide_by_the_images_that_bring_something_new():
+def test_effective_number_weights_divide_by_the_number_of_distinct_images():
     # Cui et al. 2019: 1, 2 and 1,000,000 images are worth 1, 1.999 and 1,000.
     pixels, images = np.array([10, 30, 60, 0]), np.array([1, 2, 1_000_000, 0])
     weights = class_weights("effective_number", pixels, images=images)
@@ -230,7 +237,7 @@ def test_effective_number_weights_divide_by_the_images_that_bring_something_new(
 
 
 @given(st.lists(st.lists(st.sampled_from([0, 0, 1, 20, 3000]), min_size=4, max_size=4), min_size=1, max_size=12))
-def test_the_mean_weight_of_a_labelled_pixel_is_1_and_of_two_classes_the_rarer_has_no_less(shows):
+def test_the_mean_weight_of_a_labelled_pixel_is_1_and_rarer_classes_never_weigh_less(shows):
     statistics = make(shows)
     pixels, image_pixels, images = statistics.pixels, statistics.image_pixels, statistics.images
     frequency = pixels / np.maximum(image_pixels, 1)
@@ -262,7 +269,7 @@ def test_weights_are_zero_where_nothing_is_labelled(method):
 
 
 def test_unknown_class_weights_are_refused():
-    with pytest.raises(InputError, match="--class_weights log: there are inverse, median_frequency"):
+    with pytest.raises(InputError, match="--class_weights log: .* choose one of inverse, median_frequency"):
         class_weights("log", np.array([1, 2]))
 
 

@@ -10,7 +10,7 @@ from utils.errors import InputError
 
 
 def sample(height=60, width=80):
-    """A picture whose red and green are its row and column, and a mask of quadrants."""
+    """An image whose red and green are its row and column, and a mask of quadrants."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image = torch.stack([rows * 2, columns * 2, torch.full_like(rows, 200)]).byte()
     mask = (rows >= height // 2) * 2 + (columns >= width // 2)
@@ -19,7 +19,7 @@ def sample(height=60, width=80):
 
 @pytest.mark.parametrize("size", [(60, 80), (31, 17), (200, 33), (1, 1)])
 @pytest.mark.parametrize("crop_size", [33, 64])
-def test_training_sample_is_a_uint8_crop_of_the_asked_size(size, crop_size):
+def test_training_sample_is_a_uint8_crop_of_the_requested_size(size, crop_size):
     transform = train_transform(crop_size)
     for index in range(20):
         image, mask = transform(*sample(*size), index=index)
@@ -38,7 +38,7 @@ def test_pixels_stay_channels_last_in_memory(size):
     assert torch.equal(masks, torch.stack([mask for _, mask in samples]))
 
 
-def test_invented_pixels_are_void_in_the_mask_and_mean_colour_in_the_picture():
+def test_padding_is_void_in_the_mask_and_mean_colour_in_the_image():
     transform = train_transform(128, scale=(0.5, 0.5), flip=0.0)
     image, mask = transform(*sample(60, 80))
     invented = mask == 255
@@ -47,12 +47,12 @@ def test_invented_pixels_are_void_in_the_mask_and_mean_colour_in_the_picture():
     assert set(mask.unique().tolist()) == {0, 1, 2, 3, 255}
 
 
-def test_no_void_is_invented_where_the_picture_covers_the_crop():
+def test_nothing_is_padded_if_the_image_covers_the_crop():
     transform = train_transform(33, scale=(1.0, 2.0))
     assert not any((transform(*sample(), index=index)[1] == 255).any() for index in range(50))
 
 
-def test_picture_and_mask_stay_aligned():
+def test_image_and_mask_stay_aligned():
     image, mask = sample(120, 120)
     transform = train_transform(48)
     for index in range(30):
@@ -65,7 +65,7 @@ def test_picture_and_mask_stay_aligned():
 
 
 @pytest.mark.parametrize("scale", [0.6, 0.75, 1.3, 1.7])
-def test_masks_are_not_shifted_against_their_pictures(scale):
+def test_masks_are_not_shifted_against_their_images(scale):
     transform = train_transform(32, scale=(scale, scale), flip=0.0)
     offsets = []
     for index in range(400):
@@ -107,7 +107,7 @@ def test_half_of_the_samples_are_flipped():
 
 
 def plain(image, mask, rng, crop_size):
-    """Scale the whole picture, pad it, crop it, flip it: what the fast way must agree with."""
+    """Scales, pads, crops and flips the whole image: the reference for the fast way."""
     scale = rng.uniform(0.5, 2.0)
     height, width = (max(1, round(side * scale)) for side in image.shape[-2:])
     image = F.resize(image, [height, width], antialias=True)
@@ -129,7 +129,7 @@ def plain(image, mask, rng, crop_size):
 
 
 @pytest.mark.parametrize("crop_size", [33, 65, 129])
-def test_window_first_gives_what_scaling_the_whole_picture_gives(crop_size):
+def test_window_first_gives_what_scaling_the_whole_image_gives(crop_size):
     image, mask = sample(90, 110)
     transform = train_transform(crop_size, seed=2)
     for index in range(40):
@@ -137,7 +137,7 @@ def test_window_first_gives_what_scaling_the_whole_picture_gives(crop_size):
         fast_image, fast_mask = transform(image, mask, index=index)
         slow_image, slow_mask = plain(image, mask, rng, crop_size)
         assert torch.equal(fast_mask == 255, slow_mask == 255)
-        # Whole source pixels: at most one of them apart, which is 2 grey levels here; edges blend a little more.
+        # At most one source pixel apart, which is 2 grey levels here; edges blend a little more.
         assert (fast_image.int() - slow_image.int()).abs().float().mean() < 1.5
         assert (fast_mask == slow_mask).float().mean() > 0.93
 
@@ -150,7 +150,7 @@ def test_evaluation_changes_nothing():
 
 @pytest.mark.parametrize("size", [(60, 80), (80, 60), (31, 17), (200, 33), (33, 33), (1, 1), (1, 7)])
 @pytest.mark.parametrize("crop_size", [32, 33])
-def test_crop_of_validation_is_always_of_the_asked_size(size, crop_size):
+def test_validation_crop_always_has_the_requested_size(size, crop_size):
     image, mask = crop_val_transform(crop_size)(*sample(*size))
     assert isinstance(image, tv_tensors.Image) and image.dtype == torch.uint8
     assert isinstance(mask, tv_tensors.Mask) and mask.dtype == torch.uint8
@@ -160,12 +160,12 @@ def test_crop_of_validation_is_always_of_the_asked_size(size, crop_size):
 
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (41, 57), (101, 133)])
 @pytest.mark.parametrize("crop_size", [32, 49, 97])
-def test_crop_of_validation_keeps_picture_and_mask_aligned(size, crop_size):
+def test_validation_crop_keeps_image_and_mask_aligned(size, crop_size):
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in size), indexing="ij")
     mask = ((rows >= size[0] // 2) * 2 + (columns >= size[1] // 2)).byte()
     image = torch.stack([(mask >= 2) * 255, (mask % 2) * 255, mask * 0]).byte()
     image, mask = crop_val_transform(crop_size)(tv_tensors.Image(image), tv_tensors.Mask(mask))
-    # Red says the half above or below, green left or right; in between lie the blended pixels of a border.
+    # Red tells the upper half from the lower, green left from right; blended pixels of a border lie in between.
     for channel, half in ((image[0], mask >= 2), (image[1], mask % 2 == 1)):
         sharp = (channel < 64) | (channel > 191)
         assert sharp.float().mean() > 0.8 and torch.equal(channel[sharp] > 127, half[sharp])
@@ -173,7 +173,7 @@ def test_crop_of_validation_keeps_picture_and_mask_aligned(size, crop_size):
     assert 0.4 < (mask >= 2).float().mean() < 0.6 and 0.4 < (mask % 2 == 1).float().mean() < 0.6  # of the middle
 
 
-def test_crop_of_validation_shows_the_whole_shorter_side():
+def test_validation_crop_shows_the_whole_shorter_side():
     image, mask = sample(60, 100)
     crop, target = crop_val_transform(60)(image, mask)
     assert torch.equal(crop, image[:, :, 20:80]) and torch.equal(target, mask[:, 20:80])

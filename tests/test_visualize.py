@@ -1,4 +1,6 @@
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ from PIL import Image
 import main
 import visualize
 from datasets import build_dataset
-from tests.conftest import TINY, write_picture, write_voc_layout
+from tests.conftest import ROOT, TINY, write_picture, write_voc_layout
+from utils.engine import predict
 from utils.metrics import ConfusionMatrix
 from utils.pictures import plotting
 from utils.run import Run
+from utils.weights.load import load_model
 
 SPLITS = {"train": ["a1", "a2", "a3", "a4"], "val": ["b1", "b2", "b3"]}
 NAMES = ["sky", "road", "tree", "car"]
@@ -20,7 +24,7 @@ NAMES = ["sky", "road", "tree", "car"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with data in own/ and two runs, runs/a and runs/b."""
+    """A folder with data in own/ and the runs runs/a and runs/b."""
     root = tmp_path_factory.mktemp("trained")
     folder = write_voc_layout(root / "own", SPLITS, class_names=NAMES)
     for name, loss in (("a", "cross_entropy"), ("b", "focal_loss")):
@@ -31,7 +35,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are drawn, before they become pixels."""
+    """Collects the figures before they become pixels."""
     figures = []
     save = plotting.save
 
@@ -45,7 +49,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def run(folder, tmp_path, capsys):
-    """Runs a command on the small folder; returns what it printed and the path of --out."""
+    """Runs a command on the small folder; returns its output and the path of --out."""
 
     def start(command, *arguments, data=True, out="out.png"):
         flags = ["--dataset", "folder", "--data_root", str(folder)] if data else []
@@ -70,7 +74,7 @@ def refused(run, capsys):
 
 
 def pictures(figure):
-    """The pictures of a figure in order, as arrays."""
+    """Returns the images of a figure in order, as arrays."""
     return [np.asarray(image.get_array()) for axes in figure.axes for image in axes.get_images()]
 
 
@@ -110,14 +114,14 @@ def test_twenty_samples_are_ten_columns_by_four_rows(tmp_path, drawn, capsys):
     assert len(pictures(drawn[0])) == 40
 
 
-def test_ids_chooses_by_hand_in_the_order_given(run, drawn):
+def test_ids_are_shown_in_the_given_order(run, drawn):
     out, _ = run("samples", "--ids", "a3", "a1")
     labels = [axes.get_xlabel() for axes in drawn[0].axes if axes.get_xlabel()]
     assert labels == ["a3", "a1"]
     assert out.index("a3:") < out.index("a1:")
 
 
-def test_samples_of_a_small_split_are_all_of_it(run, drawn):
+def test_samples_of_a_small_split_show_all_of_it(run, drawn):
     run("samples")
     assert len(pictures(drawn[0])) == 8
 
@@ -128,24 +132,24 @@ def test_same_seed_chooses_the_same_samples(run, drawn):
     assert first.splitlines()[:-1] != other.splitlines()[:-1]
 
 
-def test_samples_without_photographs_draws_the_annotations_and_says_so(run, folder, drawn):
+def test_samples_without_images_draw_the_annotations_and_say_so(run, folder, drawn):
     for path in (folder / "JPEGImages").glob("a[12].jpg"):
         path.unlink()
     out, _ = run("samples", "--num", 4)
-    assert "2 of 4 photographs are missing" in out
-    assert "2 of 4 photographs are missing" in drawn[0].get_suptitle()
+    assert "2 of 4 images are missing" in out
+    assert "2 of 4 images are missing" in drawn[0].get_suptitle()
     assert len(pictures(drawn[0])) == 6
     notes = [text.get_text() for axes in drawn[0].axes for text in axes.texts]
-    assert notes == ["photograph\nmissing"] * 2
+    assert notes == ["image\nmissing"] * 2
 
 
-def test_real_annotations_alone_give_twenty_samples_of_every_class(real_data, tmp_path, capsys):
+def test_real_annotations_without_images_give_twenty_samples_of_every_class(real_data, tmp_path, capsys):
     visualize.main(["samples", "--data_root", str(real_data("voc2012_masks")), "--out", str(tmp_path / "s.png")])
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if ": " in line and line[0] == "2"]
     shown = {name for line in lines for name in line.split(": ")[1].split(", ")}
     assert len(lines) == 20 and len(shown) == 21
-    assert "1464 of 1464 photographs are missing" in out
+    assert "1464 of 1464 images are missing" in out
 
 
 @pytest.mark.parametrize(
@@ -153,11 +157,11 @@ def test_real_annotations_alone_give_twenty_samples_of_every_class(real_data, tm
     [
         (["--ids", "zz"], "--ids zz: is not in the split train"),
         (["--num", 9], "--num 9: the split has only 4 images"),
-        (["--num", 0], "--num: 0 is not in 1 and above"),
+        (["--num", 0], "--num: 0 is out of range; give 1 or more"),
         (["--split", "test"], "no such split list"),
     ],
 )
-def test_samples_that_cannot_be_are_refused_and_nothing_is_written(refused, tmp_path, arguments, words):
+def test_impossible_samples_are_refused_and_nothing_is_written(refused, tmp_path, arguments, words):
     assert words in refused("samples", *arguments)
     assert not (tmp_path / "out.png").exists()
 
@@ -165,7 +169,7 @@ def test_samples_that_cannot_be_are_refused_and_nothing_is_written(refused, tmp_
 # --- stats ---
 
 
-def test_stats_prints_writes_and_draws_the_same_counts(run, folder, drawn):
+def test_stats_prints_writes_and_draws_the_same_numbers(run, folder, drawn):
     out, path = run("stats")
     dataset = build_dataset("folder", folder, "train")
     masks = torch.cat([dataset.mask(index).flatten() for index in range(4)])
@@ -185,12 +189,12 @@ def test_stats_prints_writes_and_draws_the_same_counts(run, folder, drawn):
 # --- check ---
 
 
-def test_check_of_a_sound_set_finds_nothing(run):
+def test_check_of_a_valid_data_set_finds_nothing(run):
     out, _ = run("check", out=None)
     assert "no problem found" in out and "FATAL" not in out
 
 
-def test_check_exits_with_2_where_training_would_fail_and_names_all(run, folder, capsys):
+def test_check_exits_with_2_if_training_would_fail_and_lists_every_problem(run, folder, capsys):
     write_picture(folder / "SegmentationClass/a1.png", np.full((40, 52), 77, np.uint8))
     (folder / "JPEGImages/b1.jpg").write_bytes(b"")
     with pytest.raises(SystemExit) as stop:
@@ -216,8 +220,8 @@ def test_compare_shows_rgb_truth_and_a_column_per_model_with_its_miou(run, train
     shown = pictures(figure)
     assert (shown[0] == dataset.image(index).permute(1, 2, 0).numpy()).all()
     assert (shown[1] == dataset.decode_target(dataset.mask(index))).all()
-    model = visualize.load_model(ckpts[0], torch.device("cpu")).model
-    prediction = visualize.predict(model, dataset.image(index)[None])[0]
+    model = load_model(ckpts[0], torch.device("cpu")).model
+    prediction = predict(model, dataset.image(index)[None])[0]
     assert (shown[2] == dataset.decode_target(prediction)).all()
     confusion = ConfusionMatrix(4)
     confusion.update(dataset.mask(index), prediction)
@@ -226,7 +230,7 @@ def test_compare_shows_rgb_truth_and_a_column_per_model_with_its_miou(run, train
     assert set(legend_texts(figure)) <= {*NAMES, "void"}
 
 
-def test_compare_takes_the_first_of_what_samples_picks(run, trained, drawn):
+def test_compare_shows_the_first_of_the_samples(run, trained, drawn):
     picked = [line.split(":")[0] for line in run("samples", "--num", 4)[0].splitlines()[:4]]
     out, _ = run("compare", "--ckpt", trained / "runs/a/best.pth", "--num", 2, "--device", "cpu")
     assert [line.split(":")[0] for line in out.splitlines()[:2]] == picked[:2]
@@ -248,15 +252,15 @@ def test_compare_marks_wrong_pixels_in_red_but_never_void(run, trained, folder, 
     assert share == pytest.approx(100 * red.sum() / (~void).sum(), abs=0.06)
 
 
-def test_compare_refuses_other_classes_and_missing_files(refused, trained, folder, tmp_path):
-    assert "typo.pth: there is no such file" in refused("compare", "--ckpt", "typo.pth")
+def test_compare_refuses_different_classes_and_missing_files(refused, trained, folder, tmp_path):
+    assert "typo.pth: no such file" in refused("compare", "--ckpt", "typo.pth")
     (folder / "class_names.txt").write_text("a\nb\nc\nd\n")
     line = refused("compare", "--ckpt", trained / "runs/a/best.pth")
     assert "sky, road, tree, car" in line and "a, b, c, d" in line
     assert not (tmp_path / "out.png").exists()
 
 
-def test_compare_tells_files_of_one_run_and_namesakes_apart(run, trained, drawn, monkeypatch):
+def test_compare_distinguishes_files_of_one_run_and_runs_of_the_same_name(run, trained, drawn, monkeypatch):
     monkeypatch.chdir(trained / "runs/a")
     run("compare", "--ckpt", "best.pth", "latest.pth", "--num", 1, "--device", "cpu")
     run("compare", "--ckpt", "best.pth", trained / "runs/a/best.pth", "--num", 1, "--device", "cpu")
@@ -265,12 +269,14 @@ def test_compare_tells_files_of_one_run_and_namesakes_apart(run, trained, drawn,
     assert second == ["best.pth", str(trained / "runs/a/best.pth")]
 
 
-@pytest.mark.parametrize("out", ["x.pdf", "x.csv", "folder.png", "file/x.png"])
-def test_pictures_go_to_png_files_only(refused, tmp_path, out):
+@pytest.mark.parametrize(
+    ("out", "named"), [("x.pdf", "x.pdf"), ("x.csv", "x.csv"), ("folder.png", "folder.png"), ("file/x.png", "file")]
+)
+def test_pictures_are_written_only_to_png_files(refused, tmp_path, out, named):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
-    assert f"--out {tmp_path / out}: " in refused("stats", out=out)
+    assert f" {tmp_path / named}: " in refused("stats", out=out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -297,7 +303,7 @@ def test_curves_draws_each_run_and_marks_its_best_epoch(run, trained, drawn):
     assert loss.get_lines()[1].get_linestyle() != loss.get_lines()[0].get_linestyle()  # legible without colour
 
 
-def test_runs_of_one_name_are_told_apart(run, trained, tmp_path, drawn):
+def test_runs_of_the_same_name_are_distinguished(run, trained, tmp_path, drawn):
     other = tmp_path / "elsewhere" / "a"
     other.mkdir(parents=True)
     (other / "history.csv").write_bytes((trained / "runs/a/history.csv").read_bytes())
@@ -320,7 +326,7 @@ def test_predict_writes_mask_overlay_and_shares(run, trained, folder, tmp_path):
     assert (tmp_path / "p/shares.csv").is_file()
 
 
-def test_predict_lists_what_cannot_be_read_and_does_the_rest(run, trained, folder, tmp_path):
+def test_predict_lists_unreadable_images_and_does_the_rest(run, trained, folder, tmp_path):
     (folder / "JPEGImages/broken.jpg").write_bytes(b"no picture")
     out, _ = run(
         "predict", "--ckpt", trained / "runs/a/best.pth", "--input", folder / "JPEGImages", data=False, out="p"
@@ -338,6 +344,13 @@ def test_report_is_one_file_about_both_runs(trained, tmp_path, capsys):
     text = out.read_text()
     assert "focal_loss" in text and "data:image" in text
     assert f"Written: {out}" in capsys.readouterr().out
+
+
+def test_only_the_commands_that_need_them_import_segment_anything_the_report_and_the_doctor():
+    modules = ["network.sam", "transformers", "utils.pictures.report", "datasets.prepare.check"]
+    code = f"import sys, visualize; visualize.get_parser(); print([m for m in {modules} if m in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("command", ["samples", "stats", "check", "compare", "curves", "predict", "sam", "report"])

@@ -1,10 +1,11 @@
-"""The dashboard against a real visdom server, and against every way in which a server can fail."""
+"""Tests the dashboard against a real visdom server, and against every way in which a server can fail."""
 
 import base64
 import http.server
 import inspect
 import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -28,7 +29,7 @@ from utils import visualizer
 from utils.visualizer import SilentVisualizer, Visualizer, build_visualizer
 
 ROOT = Path(__file__).parents[1]
-# visdom imports torch where it finds it; without it a process starts in a fraction of the time.
+# visdom imports torch if it finds it; without torch a process starts in a fraction of the time.
 NO_TORCH = """
 import sys
 class NoTorch:
@@ -53,7 +54,7 @@ def free_port() -> int:
 def wait_until(condition: Callable[[], object], seconds: float = 15) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.02)
 
 
@@ -71,7 +72,7 @@ def visdom_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
             wait_until(lambda: accepts(port))
             yield process
         finally:
-            process.kill()  # one that was stopped, too
+            process.kill()  # ends a stopped process too
 
 
 @pytest.fixture(scope="module")
@@ -81,34 +82,40 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield port
 
 
-@pytest.fixture
-def warnings() -> list[str]:
-    return []
+@pytest.fixture(autouse=True)
+def warnings() -> Iterator[list[str]]:
+    """The warnings that are logged, whatever other tests have done to the logger."""
+    messages, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("deeplab")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
 
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorter pauses between the thread's sends and tries, to spare the tests' time."""
+    """Shortens the thread's pauses between sends and tries, to save time."""
     monkeypatch.setattr(visualizer, "SEND_SECONDS", 0.1)
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """The thread sends nothing before this event is set."""
+    """Keeps the thread from sending anything until this event is set."""
     connect, event = visualizer._connect, threading.Event()
     monkeypatch.setattr(visualizer, "_connect", lambda *address: event.wait() and connect(*address))
     return event
 
 
 @pytest.fixture
-def build(port: int, request: pytest.FixtureRequest, warnings: list[str]) -> Callable[[], Visualizer]:
-    """Builds a dashboard on the healthy server, in an environment of the test's own."""
-    return lambda: build_visualizer(True, port=port, env=request.node.name, warn=warnings.append)
+def build(port: int, request: pytest.FixtureRequest) -> Callable[[], Visualizer]:
+    """Builds a dashboard on the healthy server, in an environment named after the test."""
+    return lambda: build_visualizer(True, port=port, env=request.node.name)
 
 
 @pytest.fixture
 def windows(port: int, request: pytest.FixtureRequest) -> Callable[[], dict]:
-    """What the server holds in the test's environment: a window's name to its content."""
+    """Reads the windows in the test's environment on the server, by name."""
     return lambda: read_windows(port, request.node.name)
 
 
@@ -118,7 +125,7 @@ def read_windows(port: int, env: str) -> dict:
     try:
         with opener.open(f"http://127.0.0.1:{port}/win_data", body, timeout=10) as answer:
             return json.load(answer)
-    except urllib.error.HTTPError:  # nothing was sent to this environment yet
+    except urllib.error.HTTPError:  # nothing has been sent to this environment yet
         return {}
 
 
@@ -131,7 +138,7 @@ def pixels(window: dict) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))).astype(int)  # [H,W,3]
 
 
-def test_curves_arrive_by_name_with_gaps_for_what_is_not_finite(build, windows, warnings):
+def test_curves_arrive_by_name_with_gaps_for_values_that_are_not_finite(build, windows, warnings):
     board = build()
     board.curve("loss", 10, 0.75, name="loss")
     board.curve("loss", [20, 30], [0.5, float("nan")], name="loss")
@@ -149,7 +156,7 @@ def test_curves_arrive_by_name_with_gaps_for_what_is_not_finite(build, windows, 
     assert warnings == []
 
 
-def test_points_are_on_the_server_while_training_goes_on(build, windows):
+def test_points_reach_the_server_during_training(build, windows):
     board = build()
     board.curve("loss", 1, 0.5, name="loss")
     wait_until(lambda: "loss" in windows())
@@ -158,7 +165,7 @@ def test_points_are_on_the_server_while_training_goes_on(build, windows):
     board.close()
 
 
-def test_a_later_run_begins_its_windows_anew(build, windows):
+def test_a_later_run_replaces_the_windows(build, windows):
     for start in (1, 5):
         board = build()
         board.curve("loss", [start, start + 1], [0.5, 0.25], name=f"from {start}")
@@ -221,7 +228,7 @@ def test_images_of_different_sizes_arrive_in_their_colours_under_their_captions(
     assert (second["width"], second["height"]) == (700, 8)  # on the page
 
 
-def test_a_batch_of_images_is_taken_too(build, windows):
+def test_a_batch_of_images_is_accepted_too(build, windows):
     board, batch = build(), torch.full((2, 3, 8, 8), 10, dtype=torch.uint8)
     batch[1] = 250
     board.images("sample", batch, ["dark", "light"])
@@ -230,10 +237,10 @@ def test_a_batch_of_images_is_taken_too(build, windows):
     assert np.abs(pixels(windows()["sample 2"]) - 250).max() <= 3
 
 
-def test_close_saves_for_a_restart_of_the_server_and_ends_the_thread(tmp_path):
-    port, warnings = free_port(), []
+def test_close_saves_for_a_restart_of_the_server_and_ends_the_thread(tmp_path, warnings):
+    port = free_port()
     with visdom_server(tmp_path, port):
-        board = build_visualizer(True, port=port, env="kept", warn=warnings.append)
+        board = build_visualizer(True, port=port, env="kept")
         board.curve("loss", [1, 2], [0.5, 0.25], name="loss")
         board.close()
         board.curve("loss", 3, 0.125, name="loss")
@@ -256,7 +263,7 @@ def test_a_proxy_in_the_environment_is_not_asked(build, windows, monkeypatch):
 
 @contextmanager
 def answering(statuses: Iterator[int]) -> Iterator[tuple[int, list[bytes]]]:
-    """An HTTP server that answers with one status after the other. Yields its port and the bodies posted."""
+    """Runs an HTTP server that answers with one status after the other. Yields its port and the posted bodies."""
     bodies = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -298,7 +305,7 @@ def failing_server(kind: str, folder: Path) -> Iterator[int]:
         with visdom_server(folder, port) as process:
             process.send_signal(signal.SIGSTOP)
             yield port
-    else:  # a socket that nobody serves: connections are accepted by the kernel, until its backlog is full
+    else:  # a socket that nobody serves: the kernel accepts connections until its backlog is full
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             server.listen(0 if kind == "full" else 8)
@@ -314,7 +321,7 @@ def failing_server(kind: str, folder: Path) -> Iterator[int]:
 
 
 def drip(server: socket.socket) -> None:
-    """Answers the first connection with a byte now and then, for longer than anybody should wait."""
+    """Answers the first connection with a byte now and then, for longer than anyone should wait."""
     client, _ = server.accept()
     with client:
         for _ in range(100):
@@ -329,7 +336,7 @@ KINDS = ["missing", "hanging", "dripping", "stopped", "full", "500", "403", "404
 def test_a_server_that_fails_costs_a_second_and_one_warning(kind, tmp_path, warnings, capfd):
     with failing_server(kind, tmp_path) as port:
         start = time.monotonic()
-        board = build_visualizer(True, port=port, env="main", warn=warnings.append)
+        board = build_visualizer(True, port=port, env="main")
         for itr in range(1000):
             board.curve("loss", itr, 0.5, name="loss")
         board.table("IoU", [("cat", 0.5)])
@@ -338,7 +345,7 @@ def test_a_server_that_fails_costs_a_second_and_one_warning(kind, tmp_path, warn
         board.close()
         board.close()
         total = time.monotonic() - start
-        assert called < 0.5 and total < 1.5  # with room for a loaded machine
+        assert called < 0.5 and total < 1.5  # with some slack for a busy machine
     assert len(warnings) == 1 and warnings[0].startswith("the dashboard is off, training is not affected: ")
     assert capfd.readouterr() == ("", "")
 
@@ -346,14 +353,14 @@ def test_a_server_that_fails_costs_a_second_and_one_warning(kind, tmp_path, warn
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("missing", "no answer from 127.0.0.1:{port} (ConnectionError); docs/dashboard.md tells"),
-        ("hanging", "no answer from 127.0.0.1:{port} (ReadTimeout); docs/dashboard.md tells"),
+        ("missing", "no answer from 127.0.0.1:{port} (ConnectionError); see docs/dashboard.md"),
+        ("hanging", "no answer from 127.0.0.1:{port} (ReadTimeout); see docs/dashboard.md"),
         ("500", "http://127.0.0.1:{port}/events answered 500; is it visdom's server?"),
     ],
 )
 def test_the_warning_comes_during_training_and_says_why(kind, reason, tmp_path, warnings, hurried):
     with failing_server(kind, tmp_path) as port:
-        board = build_visualizer(True, port=port, env="main", warn=warnings.append)
+        board = build_visualizer(True, port=port, env="main")
 
         def warned() -> bool:
             board.curve("loss", 1, 0.5, name="loss")
@@ -362,15 +369,15 @@ def test_the_warning_comes_during_training_and_says_why(kind, reason, tmp_path, 
         wait_until(warned)
         start = time.monotonic()
         board.close()
-        assert time.monotonic() - start < 0.5  # nothing is left to wait for
-    assert board._pending == {}  # nor kept
+        assert time.monotonic() - start < 0.5  # there is nothing left to wait for
+    assert board._pending == {}
     assert len(warnings) == 1 and reason.format(port=port) in warnings[0]
 
 
-def test_a_server_killed_half_way_costs_one_warning(tmp_path, warnings, capfd, hurried):
+def test_a_server_killed_during_training_costs_one_warning(tmp_path, warnings, capfd, hurried):
     port, waited = free_port(), 0.0
     with visdom_server(tmp_path, port) as process:
-        board = build_visualizer(True, port=port, env="main", warn=warnings.append)
+        board = build_visualizer(True, port=port, env="main")
         board.curve("loss", 0, 0.5, name="loss")
         wait_until(lambda: "loss" in read_windows(port, "main"))
         process.kill()
@@ -388,9 +395,9 @@ def test_a_server_killed_half_way_costs_one_warning(tmp_path, warnings, capfd, h
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_server_that_fails_twice_is_asked_again_and_nothing_is_lost(warnings, hurried):
+def test_a_server_that_fails_twice_is_tried_again_and_nothing_is_lost(warnings, hurried):
     with answering(iter([500, 500, *[200] * 9])) as (port, bodies):
-        board = build_visualizer(True, port=port, env="main", warn=warnings.append)
+        board = build_visualizer(True, port=port, env="main")
         board.curve("loss", [1, 2], [0.5, 0.25], name="loss")
         wait_until(lambda: len(bodies) == 3)
         board.close()
@@ -400,14 +407,15 @@ def test_a_server_that_fails_twice_is_asked_again_and_nothing_is_lost(warnings, 
     assert warnings == []
 
 
-def test_pictures_that_were_not_sent_give_way_to_newer_ones(held):
+def test_unsent_images_give_way_to_newer_ones(held, warnings):
     with answering(always(200)) as (port, bodies):
-        board = build_visualizer(True, port=port, env="main", warn=pytest.fail)
+        board = build_visualizer(True, port=port, env="main")
         for step in range(5):
             board.images("sample", np.zeros((1, 3, 8, 8), np.uint8), [f"step {step}"])
         held.set()
         board.close()
     assert [json.loads(body)["opts"]["title"] for body in bodies[:-1]] == ["sample 1: step 4"]
+    assert warnings == []
 
 
 def slowly() -> Iterator[int]:
@@ -416,29 +424,29 @@ def slowly() -> Iterator[int]:
         yield 200
 
 
-def test_close_waits_for_a_server_that_answers_slowly(monkeypatch):
+def test_close_waits_for_a_server_that_answers_slowly(warnings, monkeypatch):
     monkeypatch.setattr(visualizer, "GRACE_SECONDS", 0.3)
     with answering(slowly()) as (port, bodies):
-        board = build_visualizer(True, port=port, env="main", warn=pytest.fail)
+        board = build_visualizer(True, port=port, env="main")
         for number in range(6):
             board.curve(f"loss {number}", 1, 0.5, name="loss")
         board.close()
-    assert len(bodies) == 7  # with the save
+    assert len(bodies) == 7 and warnings == []  # with the save
 
 
-def test_close_does_not_wait_for_ever_for_a_server_that_answers_slowly(warnings, monkeypatch):
+def test_close_does_not_wait_forever_for_a_server_that_answers_slowly(warnings, monkeypatch):
     monkeypatch.setattr(visualizer, "FLUSH_SECONDS", 0.5)
     with answering(slowly()) as (port, _):
-        board = build_visualizer(True, port=port, env="main", warn=warnings.append)
+        board = build_visualizer(True, port=port, env="main")
         for number in range(20):
             board.curve(f"loss {number}", 1, 0.5, name="loss")
         start = time.monotonic()
         board.close()
         assert time.monotonic() - start < 1.5
-    assert len(warnings) == 1 and warnings[0].endswith("the server did not take the last updates in time")
+    assert len(warnings) == 1 and warnings[0].endswith("the server did not accept the last updates in time")
 
 
-def test_a_slow_import_of_visdom_is_not_taken_for_a_silent_server(build, windows, warnings, monkeypatch):
+def test_a_slow_import_of_visdom_is_not_mistaken_for_a_silent_server(build, windows, warnings, monkeypatch):
     connect = visualizer._connect
     monkeypatch.setattr(visualizer, "_connect", lambda *address: time.sleep(0.5) or connect(*address))
     monkeypatch.setattr(visualizer, "GRACE_SECONDS", 0.2)
@@ -453,9 +461,10 @@ def test_a_slow_import_of_visdom_is_not_taken_for_a_silent_server(build, windows
 )
 def test_a_process_ends_whatever_its_server_does(kind, closing, expected, tmp_path):
     code = f"""{NO_TORCH}
-import time
+import logging, time
 from utils.visualizer import build_visualizer
-board = build_visualizer(True, port=int(sys.argv[1]), env="main", warn=print)
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+board = build_visualizer(True, port=int(sys.argv[1]), env="main")
 board.curve("loss", 1, 0.5, name="loss")
 time.sleep(0.7)  # into the middle of a request
 {closing}
@@ -472,7 +481,7 @@ print("trained")
 
 def test_without_visdom_there_is_one_warning(monkeypatch, warnings):
     monkeypatch.setitem(sys.modules, "visdom", None)
-    board = build_visualizer(True, port=free_port(), env="main", warn=warnings.append)
+    board = build_visualizer(True, port=free_port(), env="main")
     board.curve("loss", 1, 0.5, name="loss")
     board.close()
     assert len(warnings) == 1 and "pip install visdom" in warnings[0]
@@ -488,7 +497,7 @@ def test_without_visdom_there_is_one_warning(monkeypatch, warnings):
         (lambda board: board.images("s", np.zeros((2, 3, 4, 4), np.uint8), ["a"]), "2 images but 1 captions"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_where_it_is_given(draw, message, build):
+def test_unusable_values_are_refused_at_once(draw, message, build):
     board = build()
     with pytest.raises(ValueError, match=message):
         draw(board)
@@ -499,7 +508,7 @@ def test_the_stand_in_does_nothing_and_leaves_visdom_alone():
     code = """
 import sys, threading
 from utils.visualizer import build_visualizer
-board = build_visualizer(False, port=1, env="main", warn=print)
+board = build_visualizer(False, port=1, env="main")
 board.curve("loss", 1, 0.5, name="loss")
 board.table("IoU", [("cat", 0.5)], header=("class", "IoU"))
 board.images("sample", [], [])
@@ -513,11 +522,11 @@ print("visdom" in sys.modules, "requests" in sys.modules, threading.active_count
 
 def test_the_stand_in_has_every_method():
     methods = {name for name, _ in inspect.getmembers(Visualizer, inspect.isfunction) if name[0] != "_"}
-    assert methods == {"curve", "table", "images", "close"}
+    assert methods == {"start", "step", "validation", "curve", "table", "images", "close"}
     assert all(callable(getattr(SilentVisualizer, name)) for name in methods)
 
 
-def test_a_run_and_its_continuation_show_all_there_is(folder: Path, tmp_path: Path, port: int) -> None:
+def test_a_resumed_run_shows_everything_from_the_start(folder: Path, tmp_path: Path, port: int) -> None:
     data = ["--dataset", "folder", "--data_root", str(folder), "--run_dir", str(tmp_path), "--run_name", "a"]
     vis = ["--enable_vis", "--vis_port", str(port), "--vis_env", "run", "--vis_num_samples", "2"]
     main.main([*data, *TINY, *vis, "--total_itrs", "2"])

@@ -8,7 +8,7 @@ from tests.conftest import write_picture
 from utils.errors import InputError
 
 
-def test_item_is_a_uint8_picture_and_its_class_ids_with_void_kept(voc_root):
+def test_an_item_is_a_uint8_image_and_its_class_ids_including_void(voc_root):
     dataset = VOCSegmentation(voc_root, "2012", "train")
     image, mask = dataset[0]
     assert len(dataset) == 4 and dataset.num_classes == 21
@@ -17,7 +17,7 @@ def test_item_is_a_uint8_picture_and_its_class_ids_with_void_kept(voc_root):
     assert set(mask.unique().tolist()) == {0, 1, 2, 3, 255}
 
 
-def test_data_set_owns_names_count_palette_and_ids(voc_root):
+def test_the_data_set_owns_names_count_palette_and_ids(voc_root):
     dataset = VOCSegmentation(voc_root, "2012", "val")
     assert dataset.ids == ["b1", "b2", "b3"]
     assert dataset.class_names == VOC_CLASSES and VOC_CLASSES[15] == "person" and len(VOC_CLASSES) == 21
@@ -61,17 +61,17 @@ def test_decode_target_gives_a_copy_of_the_palette():
 
 
 @pytest.mark.parametrize(("target", "error"), [([0.5], TypeError), ([-1], ValueError), ([256], ValueError)])
-def test_decode_target_refuses_what_is_no_class_id(target, error):
+def test_decode_target_rejects_anything_but_class_ids(target, error):
     with pytest.raises(error):
         decode_target(np.array(target), voc_colormap())
 
 
-def test_missing_folder_names_it_and_the_flag(tmp_path):
+def test_a_missing_folder_is_named_with_the_flag(tmp_path):
     with pytest.raises(InputError, match=r"VOC2012: there is no such folder.*--data_root"):
         VOCSegmentation(tmp_path)
 
 
-def test_missing_split_names_the_lists_there_are(voc_root):
+def test_a_missing_split_is_named_with_the_existing_lists(voc_root):
     with pytest.raises(InputError, match=r"tset\.txt: there is no such split list.*has train, val"):
         VOCSegmentation(voc_root, "2012", "tset")
 
@@ -88,12 +88,12 @@ def test_missing_mask_is_refused_when_the_set_is_opened(voc_root):
         VOCSegmentation(voc_root)
 
 
-def test_missing_pictures_are_counted_and_refused_only_when_one_is_asked_for(voc_root):
+def test_missing_images_are_counted_and_refused_only_when_one_is_read(voc_root):
     for name in ("a2", "a3"):
         (voc_root / f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg").unlink()
     dataset = VOCSegmentation(voc_root)
     assert [path.stem for path in dataset.missing_images] == ["a2", "a3"]
-    with pytest.raises(InputError, match=r"a2\.jpg: the picture is missing \(2 of 4"):
+    with pytest.raises(InputError, match=r"a2\.jpg: the image is missing \(2 of 4"):
         dataset[0]
 
 
@@ -112,7 +112,7 @@ def augmented(voc_root):
 
 
 @pytest.mark.parametrize("place", ["VOCdevkit/VOC2012/ImageSets/Segmentation/train_aug.txt", "train_aug.txt"])
-def test_2012_aug_trains_on_its_list_and_masks_wherever_the_list_lies(augmented, place):
+def test_2012_aug_trains_on_its_list_and_masks_wherever_the_list_is(augmented, place):
     beside = augmented / "VOCdevkit/VOC2012/ImageSets/Segmentation/train_aug.txt"
     beside.rename(augmented / place)
     dataset = VOCSegmentation(augmented, "2012_aug", "train")
@@ -128,7 +128,7 @@ def test_2012_aug_validates_on_the_masks_of_2012(augmented):
 
 def test_2012_aug_refuses_a_list_that_shares_an_id_with_val(augmented):
     (augmented / "VOCdevkit/VOC2012/ImageSets/Segmentation/train_aug.txt").write_text("a1\nb2\n")
-    with pytest.raises(InputError, match=r"train_aug\.txt: b2 is in val too \(1"):
+    with pytest.raises(InputError, match=r"train_aug\.txt: b2 is also in val \(1"):
         VOCSegmentation(augmented, "2012_aug", "train")
 
 
@@ -137,10 +137,10 @@ def test_2012_aug_without_its_list_says_where_it_belongs(voc_root):
         VOCSegmentation(voc_root, "2012_aug", "train")
 
 
-def test_the_real_annotations_open_without_their_photographs(real_data):
+def test_the_real_masks_open_without_their_images(real_data):
     train = VOCSegmentation(real_data("voc2012_masks"), "2012", "train")
     val = VOCSegmentation(real_data("voc2012_masks"), "2012", "val")
     assert (len(train), len(val)) == (1464, 1449)
     assert len(train.missing_images) == 1464
-    with pytest.raises(InputError, match=r"2007_000032\.jpg: the picture is missing \(1464 of 1464"):
+    with pytest.raises(InputError, match=r"2007_000032\.jpg: the image is missing \(1464 of 1464"):
         train[0]

@@ -1,40 +1,46 @@
-"""The evaluation card of `main.py --test_only`: what one mIoU does not tell.
+"""The evaluation card of `main.py --test_only`: what a single mIoU does not show.
 
-Boundary IoU, how far chance in the choice of the images goes, which images fare worst, speed and memory. It is
-collected batch by batch beside the confusion matrix; per image only 3 counts a class are kept.
+Boundary IoU, how much depends on the choice of images, the worst images, speed and memory. It is collected batch by
+batch alongside the confusion matrix; only 3 counts per class are kept for each image.
 """
 
+import argparse
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 
-from utils.distributed import World
-from utils.metrics import LABELS, BoundaryIoU, occurrences
-from utils.run import SCORE_COLUMNS, peak_memory_mb, write_csv, write_text
+from utils.distributed import all_gather, all_sum
+from utils.environment import peak_memory_mb
+from utils.files import write_csv, write_text
+from utils.metrics import LABELS, SCORE_COLUMNS, BoundaryIoU, occurrences
+from utils.options import TEST_FLAGS
 
 RESAMPLES = 1000
-CHUNK = 100  # resamples at a time: 8 bytes an image each
+CHUNK = 100  # resamples at a time: 8 bytes per image each
 NUM_WORST = 10
+log = logging.getLogger("deeplab")
 
 
 class Card:
-    """Collects the figures of one evaluation: an `on_batch` of `engine.evaluate`, to be made right before it.
+    """Collects the figures of one evaluation as the `on_batch` of `engine.evaluate`; create it right before.
 
-    `ids` are the data set's, which the indices of a batch point into. `also`, another `on_batch`, is called with each
-    batch; its time, like that of the collecting, does not count as the evaluation's.
+    ids: those of the data set, which the indices of a batch point into. `also`, another `on_batch`, is called with
+    each batch. Its time and that of collecting do not count as the evaluation's.
     """
 
     def __init__(
         self, ids: list[str], num_classes: int, device: torch.device, *, also: Callable[..., None] | None = None
     ) -> None:
         self.ids, self.num_classes, self.device, self.also = ids, num_classes, device, also
-        self._boundary = BoundaryIoU(num_classes, device)
+        self._boundary = BoundaryIoU(self.num_classes, device)
         self._indices: list[int] = []
-        self._counts: list[torch.Tensor] = []  # [B, 3, C] a batch, on the device
+        self._counts: list[torch.Tensor] = []  # [B, 3, C] per batch, on the device
         self._began, self._not_counted = time.perf_counter(), 0.0
 
     def __call__(
@@ -48,22 +54,23 @@ class Card:
             self.also(indices, images, masks, predictions)
         self._not_counted += self._clock() - began
 
-    def share(self, world: World) -> None:
-        """Brings together what the processes of a job collected, in all of them."""
+    def gather(self) -> Self:
+        """Brings together in every process what all have collected."""
         counts = torch.cat(self._counts) if self._counts else torch.zeros(0, 3, self.num_classes, dtype=torch.int64)
-        gathered = world.gather((self._indices, counts.cpu()))
+        gathered = all_gather((self._indices, counts.cpu()))
         self._indices = [index for indices, _ in gathered for index in indices]
         self._counts = [counts for _, counts in gathered]
-        world.sum(self._boundary.counts)
+        all_sum(self._boundary.counts)
+        return self
 
     def compute(self) -> dict:
-        """The figures, to be asked for right after the evaluation, for its time is taken now.
+        """Computes the figures; call it right after the evaluation, because it reads the clock.
 
         "mean_boundary_iou" and "class_boundary_iou" (C floats; NaN: absent). "bootstrap": the 95% interval
         (low, high) of mIoU over the "labelled_images", those with a labelled pixel. "worst": (id, mIoU) of the ten
-        of these whose own mIoU is lowest, lowest first. "per_image": (id, mIoU, pixel accuracy) in the data set's
-        order, NaN for images without a labelled pixel. "images_per_second" and "peak_memory_mb".
-        Raises ValueError where no image has a labelled pixel.
+        of them with the lowest mIoU of their own, lowest first. "per_image": (id, mIoU, pixel accuracy) in the data
+        set's order, NaN for images without a labelled pixel. "images_per_second" and "peak_memory_mb".
+        Raises ValueError if no image has a labelled pixel.
         """
         seconds = self._clock() - self._began - self._not_counted
         peak = peak_memory_mb(self.device)
@@ -93,9 +100,10 @@ class Card:
 
 
 def image_counts(masks: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Pixels per image and class that are right, in the target and in the prediction, int64 `[B, 3, C]`.
+    """Counts pixels per image and class: correct, in the target, in the prediction. Returns int64 `[B, 3, C]`.
 
-    Of uint8 class ids `[B, H, W]` each, the predictions below C; pixels whose mask is no class count nowhere.
+    masks and predictions: uint8 class ids `[B, H, W]`, the predictions below C. Pixels whose mask is not a class do
+    not count.
     """
     first = torch.arange(len(masks), device=masks.device).mul_(LABELS).to(torch.int32)[:, None, None]  # [B, 1, 1]
     index = (first + masks).mul_(num_classes).add_(predictions)  # [B, H, W]
@@ -105,9 +113,9 @@ def image_counts(masks: torch.Tensor, predictions: torch.Tensor, num_classes: in
 
 
 def mean_iou(counts: np.ndarray) -> np.ndarray:
-    """mIoU of float counts `[..., 3, C]` as in `image_counts`: `[...]`; absent classes as in `utils.metrics.scores`.
+    """Computes mIoU `[...]` from float counts `[..., 3, C]` as `image_counts` returns them.
 
-    NaN, without a warning, where no class is there at all.
+    Absent classes are treated as in `utils.metrics.scores`; NaN, without a warning, if there is no class at all.
     """
     right, target, predicted = np.moveaxis(counts, -2, 0)  # [..., C] each
     union = target + predicted - right
@@ -118,15 +126,15 @@ def mean_iou(counts: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_interval(counts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of mIoU over the choice of the images: percentiles 2.5 and 97.5 of the mIoU of so many draws
-    of N images out of the N with replacement (Efron 1979). It does not tell how far another training would go.
+    """Computes the 95% interval of mIoU over the choice of images: percentiles 2.5 and 97.5 of the mIoU of
+    `resamples` draws of N out of the N images with replacement (Efron 1979). It says nothing about other trainings.
 
-    `counts` is float `[N, 3, C]` as in `image_counts`, each image with a labelled pixel; the same seed gives the same
+    `counts` is float `[N, 3, C]` as in `image_counts`, each image with a labelled pixel. The same seed gives the same
     draws. Raises ValueError for N = 0.
     """
     rng, number, means = np.random.default_rng(seed), len(counts), []
     if not number:
-        raise ValueError("no image has a labelled pixel: there is no interval")
+        raise ValueError("no image has a labelled pixel, so there is no interval")
     for first in range(0, resamples, CHUNK):
         draws = (rng.integers(number, size=number) for _ in range(min(CHUNK, resamples - first)))
         weights = np.stack([np.bincount(draw, minlength=number) for draw in draws]).astype(float)  # [R, N]
@@ -136,22 +144,28 @@ def bootstrap_interval(counts: np.ndarray, *, resamples: int = RESAMPLES, seed: 
 
 
 def format_card(card: dict) -> list[str]:
-    """What `Card.compute` gives, apart from the figures per class and image, as lines to print."""
+    """Returns the figures of `Card.compute` as lines to print, without those per class and image."""
     low, high = card["bootstrap"]
     return [
         f"Mean Boundary IoU: {card['mean_boundary_iou']:.6f}",
         f"Mean IoU 95% interval: {low:.6f} to {high:.6f} (bootstrap over {card['labelled_images']} images)",
         f"Speed: {card['images_per_second']:.1f} images/s",
         f"Peak memory: {card['peak_memory_mb']:,.0f} MB",
-        f"The {len(card['worst'])} images of lowest mIoU:",
+        f"The {len(card['worst'])} images with the lowest mIoU:",
         *(f"  {iou:.6f}  {id}" for id, iou in card["worst"]),
     ]
 
 
-def write_card(folder: Path, card: dict, *, result: dict, class_names: list[str], about: dict) -> None:
-    """`card.json` and `images.csv`. `card` is of `Card.compute`, `result` of `utils.metrics.scores`; `about` says
-    what was evaluated and how, in values that JSON knows, and comes first. NaN becomes null in JSON."""
-    figures = about | {column: result[name] for column, name in SCORE_COLUMNS.items()}
+def write_card(folder: Path, card: dict, result: dict, opts: argparse.Namespace, class_names: list[str]) -> None:
+    """Logs a card and writes `card.json` and `images.csv`.
+
+    card: from `Card.compute`; result: from `utils.metrics.scores`. The JSON begins with what was evaluated and how.
+    NaN becomes null there.
+    """
+    log.info("\n".join(format_card(card)))
+    figures = {name: getattr(opts, name) for name in ("ckpt", "dataset", "val_split", *TEST_FLAGS)}
+    figures |= {"comparable": not opts.crop_val}
+    figures |= {column: result[name] for column, name in SCORE_COLUMNS.items()}
     figures |= {name: value for name, value in card.items() if name not in ("class_boundary_iou", "per_image")}
     figures["worst"] = [{"image": id, "mean_iou": iou} for id, iou in card["worst"]]
     ious = zip(class_names, result["Class IoU"], card["class_boundary_iou"], strict=True)

@@ -1,20 +1,23 @@
-"""Several processes that train as one, started by torchrun, one a GPU.
+"""Several processes that train as one, one per GPU, started by torchrun.
 
-    torchrun --nproc_per_node 4 main.py --batch_size 16 ...     # 16 images a step in all
+    torchrun --nproc_per_node 4 main.py --batch_size 16 ...     # 16 images per step over all processes
 
-Each takes its part of every batch, and after each step all hold the same weights. A batch is the same however many
-share it, and so is a loss: it divides by the labelled pixels of the whole batch. On one process all of it is nothing.
+Each process takes its share of every batch, and all have the same weights after each step. Neither a batch nor its
+loss depends on how many processes share it. With a single process every function here is a no-op.
 """
 
 import contextlib
 import inspect
+import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
+import traceback
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -24,125 +27,158 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from datasets.voc import SegmentationDataset
 from network._deeplab import DeepLab
+from utils.cli import error_line
 from utils.errors import InputError
 
-Result = TypeVar("Result")
-PATIENCE = timedelta(minutes=10)  # with processes that are still to come
-LONGEST_TURN = timedelta(hours=2)  # that one process may take, to download or to look at all files, while others wait
+Value = TypeVar("Value")
+START_TIMEOUT = timedelta(minutes=10)  # for processes that have not started yet
+TURN_TIMEOUT = timedelta(hours=2)  # for one process that downloads or checks all files while the others wait
+REPORT_SECONDS = 5.0  # for the first process that failed to print its error
+log = logging.getLogger("deeplab")
 
 
-@dataclass(frozen=True)
-class World:
-    """Which of how many processes this one is: `rank` of `size` in all, `local_rank` on its machine."""
+def rank() -> int:
+    """This process's number among all, 0 for the main one."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the process that writes and logs."""
-        return self.rank == 0
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
-    def share(self, number: int) -> slice:
-        """This process's part of `number` images, which `size` divides."""
-        part = number // self.size
-        return slice(self.rank * part, (self.rank + 1) * part)
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes, in place, on the value's own device."""
-        if self.size > 1:
-            dist.all_reduce(value)
+def local_rank() -> int:
+    """This process's number on its machine, which is also the index of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and logs."""
+    return rank() == 0
+
+
+def all_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sums a tensor over the processes, in place, on its own device."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def all_max(value: int) -> int:
+    """The highest value of any process. The host waits for the other hosts, not for the devices."""
+    if not dist.is_initialized():
         return value
+    shared = torch.tensor(value)  # on the CPU: through gloo, alongside whatever a GPU computes
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
 
-    def highest(self, value: int) -> int:
-        """The highest value of any process. The host waits for the others, not for the devices."""
-        if self.size == 1:
-            return value
-        shared = torch.tensor(value)  # on the CPU: through gloo, beside whatever a GPU computes
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
-        return int(shared)
 
-    def gather(self, value: Result) -> list[Result]:
-        """The values of all processes, in the order of their ranks."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
+def barrier() -> None:
+    """Waits until every process has got here."""
+    all_max(0)
+
+
+def all_gather(value: Value) -> list[Value]:
+    """The values of all processes, in the order of their ranks."""
+    values = [value] * world_size()
+    if dist.is_initialized():
         dist.all_gather_object(values, value)
-        return values
-
-    def from_first(self, function: Callable[[], Result]) -> Result:
-        """What the function gives in the first process, in all. Where it raises InputError, all end."""
-        result = self._agreed(function if self.is_first else None)
-        if self.size > 1:
-            box = [result]
-            dist.broadcast_object_list(box)
-            (result,) = box
-        return result
-
-    def together(self, function: Callable[[], Result]) -> Result:
-        """What the function gives in each process; the first of each machine goes ahead, so that the others find
-        there what it downloads or generates. Where one raises InputError, all end."""
-        ahead = self.local_rank == 0
-        result = self._agreed(function if ahead else None)
-        if self.size > 1:
-            later = self._agreed(None if ahead else function)
-            result = result if ahead else later
-        return result
-
-    def _agreed(self, function: Callable[[], Result] | None) -> Result | None:
-        """Runs it, if it is for this process; then all go on, or none. See `refusal`."""
-        if self.size == 1:
-            return function()
-        result, message = None, None
-        try:
-            result = function() if function else None
-        except InputError as error:
-            message = str(error)
-        message = next((text for text in self.gather(message) if text is not None), None)
-        if message is not None:
-            raise self.refusal(message)
-        return result
-
-    def refusal(self, message: str) -> InputError | SystemExit:
-        """What to raise for bad input that all processes found: one line is enough, the first one's."""
-        return InputError(message) if self.is_first else SystemExit(2)
-
-    def replicated(self, model: DeepLab) -> nn.Module:
-        """The model's forward pass, whose backward pass averages the gradients over the processes. The weights become
-        those of the first process."""
-        if self.size == 1:
-            return model
-        devices = [model.device] if model.device.type == "cuda" else None
-        # Statistics are the same everywhere under SyncBN, and averaged by `average_statistics` without.
-        known = inspect.signature(DistributedDataParallel).parameters
-        exchange = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # older torch
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{exchange: False})
-
-    @torch.no_grad()
-    def average_statistics(self, model: nn.Module) -> None:
-        """Gives batch norms that are not synchronised the mean of the processes' running statistics, which is what
-        each keeps a running mean of."""
-        if self.size > 1:
-            for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d) and module.training:
-                    self.sum(module.running_mean).div_(self.size)
-                    self.sum(module.running_var).div_(self.size)
+    return values
 
 
-ALONE = World()
+def from_main(value: Value) -> Value:
+    """The main process's value, in every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 @contextlib.contextmanager
-def join() -> Iterator[World]:
-    """Joins the processes that torchrun started, if it did; leaves them at the end.
+def local_main_first() -> Iterator[None]:
+    """Lets the first process of each machine run the block before the others, which then find there what it has
+    downloaded or generated."""
+    if local_rank() != 0:
+        barrier()
+    yield
+    if local_rank() == 0:
+        barrier()
 
-    Raises InputError for an environment that is not torchrun's; ends with exit code 1 where another process is gone.
+
+def require_same_ids(*datasets: SegmentationDataset) -> None:
+    """Raises InputError unless each data set has the main process's samples: all processes share one list."""
+    for dataset in datasets:
+        ids = from_main(dataset.ids)
+        if dataset.ids != ids:
+            raise InputError(
+                f"{dataset.folder}: {len(dataset.ids)} samples here, {len(ids)} in the main process, or in another "
+                "order; give all machines the same data and lists"
+            )
+
+
+def parallel(model: DeepLab) -> nn.Module:
+    """Wraps a model so that its backward pass averages gradients over the processes. All start with the main
+    process's weights. On GPUs batch norms are synchronised, in place, unless the model freezes them."""
+    if not dist.is_initialized():
+        return model
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    if on_gpu and not model.freeze_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    devices = [local_rank()] if on_gpu else None
+    # Buffers are the main process's business (`broadcast_buffers`). The flag has another name in older versions.
+    known = inspect.signature(DistributedDataParallel).parameters
+    exchange = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{exchange: False})
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copies the main process's batch-norm statistics to all processes, so that all evaluate the model it saves."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process does not answer any more."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text)
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+    """Joins the processes that torchrun started, and leaves them at the end.
+
+    An error that reaches it ends this process: the first process that fails prints its error, the others, which lose
+    a peer, leave silently. Raises InputError for an environment that torchrun did not make.
     """
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
-        yield ALONE
+        yield
         return
+    store, stop = _join(), None
+    if not is_main():
+        log.setLevel(logging.CRITICAL + 1)
+    try:
+        try:
+            yield
+        except SystemExit as error:
+            if not error.code or error.code <= 128:  # above: a signal that all processes have agreed on
+                raise
+            stop = error
+        barrier()  # torchrun ends the others as soon as one leaves, so all wait until the main process has written
+    except SystemExit:
+        raise
+    except BaseException as error:
+        raise SystemExit(_report(error, store)) from None
+    finally:
+        dist.destroy_process_group()
+    if stop is not None:
+        raise stop
+
+
+def _join() -> dist.Store:
+    """Initialises the process group; returns the part of the store that belongs to this attempt."""
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(
@@ -150,75 +186,84 @@ def join() -> Iterator[World]:
             "or unset WORLD_SIZE"
         )
     try:
-        world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        own_rank, size, _ = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     except ValueError as error:
         raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK: not numbers ({error}); start with torchrun") from None
     try:
-        store = attempt_of(world, next(rendezvous("env://", timeout=PATIENCE))[0])
+        store = store_of_attempt(next(rendezvous("env://", timeout=START_TIMEOUT))[0], own_rank, size)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        group = {"rank": world.rank, "world_size": world.size, "timeout": LONGEST_TURN}
-        dist.init_process_group(backend, store=store, **group)
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=TURN_TIMEOUT)
     except (dist.DistError, RuntimeError, ValueError, TimeoutError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = (str(error).splitlines() or ["unknown"])[0]
         raise InputError(
-            f"the other processes cannot be reached at {place} ({reason}); start all with torchrun"
+            f"the other processes cannot be reached at {place} ({reason}); start all of them with torchrun"
         ) from None
-    try:
-        yield world
-    except RuntimeError as error:
-        if not is_loss_of_another(error):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        print(
-            f"{sys.argv[0]}: process {world.rank} of {world.size} ends, for another one of this job is gone or "
-            f"cannot be reached ({reason}); if one had an error of its own, it is above. The same command with "
-            "--continue_training goes on from latest.pth, if there is one",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
-    finally:
-        dist.destroy_process_group()
+    return store
 
 
-def attempt_of(world: World, store: dist.Store) -> dist.Store:
+def store_of_attempt(store: dist.Store, own_rank: int, size: int) -> dist.Store:
     """The part of torchrun's store that this attempt of the job has for itself.
 
-    When torchrun starts all processes anew, the store still holds the addresses of those that are gone, and who reads
-    one of them waits in vain (PyTorch #135712). So each process leaves a name that is new, the first one calls a
-    roll of the names until all have answered, and the attempt goes by the first one's name.
+    After a restart by torchrun the store still holds the addresses of the dead processes, and reading one of them
+    blocks (PyTorch #135712). So each process writes a name that is new, the main process publishes the list of names
+    until all have answered it, and the attempt is called after the main process's name.
     """
-    name, deadline = uuid.uuid4().hex, time.monotonic() + PATIENCE.total_seconds()
-    store.set(f"name of {world.rank}", name)
-    others = range(1, world.size)
-    roll = []
+    name, deadline = uuid.uuid4().hex, time.monotonic() + START_TIMEOUT.total_seconds()
+    store.set(f"name of {own_rank}", name)
+    others = range(1, size)
+    names = []
     while time.monotonic() < deadline:
-        if world.is_first:
-            roll = [name, *(store.get(f"name of {rank}").decode() for rank in others)]
-            store.set("roll", " ".join(roll))
-            if store.check([f"{rank} answers {name}" for rank in others]):
+        if own_rank == 0:
+            names = [name, *(store.get(f"name of {other}").decode() for other in others)]
+            store.set("names", " ".join(names))
+            if store.check([f"{other} answers {name}" for other in others]):
                 break
-        elif name in (roll := store.get("roll").decode().split()):
-            store.set(f"{world.rank} answers {roll[0]}", "")
+        elif name in (names := store.get("names").decode().split()):
+            store.set(f"{own_rank} answers {names[0]}", "")
             break
         time.sleep(0.02)
     else:
-        raise TimeoutError(f"not all of {world.size} came")
-    return dist.PrefixStore(roll[0], store)
+        raise TimeoutError(f"not all of {size} processes have started")
+    return dist.PrefixStore(names[0], store)
 
 
-def is_loss_of_another(error: RuntimeError) -> bool:
-    """Whether an error says that a process which this one waited for does not answer."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
+def _report(error: BaseException, store: dist.Store) -> int:
+    """Prints an error if this process is the first that failed; returns the exit code of this process."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has left
+    line, code = error_line(error) or ("".join(traceback.format_exception(error)).rstrip(), 1)
+    lost = is_lost_process(error)
+    try:
+        if not lost and store.add("failed", 1) == 1:
+            print(line, file=sys.stderr, flush=True)
+            store.set("reported", "")
+            return code
+        deadline = time.monotonic() + REPORT_SECONDS
+        while time.monotonic() < deadline:
+            if store.check(["reported"]):
+                return 1 if lost else code
+            time.sleep(0.05)
+        if store.add("lost", 1) != 1:
+            return 1
+    except (dist.DistError, RuntimeError):
+        pass  # the store is gone with the process that held it
+    if lost:
+        line = (
+            f"{sys.argv[0]}: process {rank()} of {world_size()} ends because another process is gone or cannot be "
+            f"reached ({' '.join(str(error).split())[:300]}); if that one had an error of its own, it is above. "
+            "Add --continue_training to resume from latest.pth, if there is one"
+        )
+    print(line, file=sys.stderr, flush=True)
+    return 1 if lost else code
 
 
 def restarted() -> bool:
-    """Whether torchrun (`--max-restarts`) started this process anew after a fault."""
+    """Whether torchrun (`--max-restarts`) has restarted this process after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def job_id() -> str:
-    """What tells the job of a torchrun from others, the same for all its restarts; empty without torchrun."""
+    """An identifier of this torchrun job, the same for all its restarts; empty without torchrun."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{run} {socket.gethostname()} {os.getppid()}" if run else ""

@@ -1,12 +1,12 @@
-"""Bad input, told in one line: what it is, where it is, how to mend it."""
+"""The two exceptions for user errors: one line that names the file or flag, the problem and the fix."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message names the file or flag, the value and the fix."""
+    """Something that the user gave cannot be used. The message names the file or flag, the value and the fix."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader worker raises it anew with its whole traceback for a message: keep the line that counts.
-        # And a value that holds a line break is told in one line, too.
+        # A DataLoader worker raises the error again with its whole traceback as the message: keep the line that
+        # counts. Line breaks inside a value are replaced, so that the message stays one line.
         super().__init__(" ".join(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip().splitlines()))
 
 

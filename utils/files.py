@@ -1,44 +1,57 @@
-"""Files that appear whole or not at all."""
+"""Files that are written whole or not at all."""
 
 import contextlib
+import csv
+import io
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Has an OSError from inside name `path` where it names nothing, as a full disk's does, or the temporary file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None or str(error.filename) == str(temporary_of(path)):
-            error.filename = str(path)
-        raise
+from utils.errors import InputError
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to; it takes the name at the end, or is removed by an error."""
+    """Yields a temporary path beside `path`, which is renamed to `path` at the end and removed after an error.
+
+    Raises InputError, naming `path`, if it cannot be written. An OSError of any other file passes through.
+    """
     temporary = temporary_of(path)
     try:
-        with naming(path):
-            yield temporary
-            temporary.replace(path)
-    finally:  # even where all went well: two names of one file are not renamed to each other
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename is not None and str(error.filename) not in (str(path), str(temporary)):
+            raise
+        raise cannot_write(path, error) from None
+    finally:  # even after success: renaming a hard link to another name of the same file does nothing
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def temporary_of(path: Path) -> Path:
+    """The path that `replacing(path)` writes to."""
     return path.with_name(path.name + ".tmp")
 
 
-def keep_as(path: Path, kept: Path) -> None:
-    """Gives the content of `path` the name `kept` too, without a moment in which either is missing or half there."""
-    with replacing(kept) as temporary:
-        temporary.unlink(missing_ok=True)  # a kill left it
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """The user error for a file or folder that cannot be written."""
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another path")
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder and its parents. Raises InputError if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+
+
+def copy_atomically(path: Path, copy: Path) -> None:
+    """Gives the content of `path` the second name `copy`; at no moment is either file missing or incomplete."""
+    with replacing(copy) as temporary:
+        temporary.unlink(missing_ok=True)  # left by a killed process
         try:
             os.link(path, temporary)
         except OSError:  # not every file system has hard links
@@ -46,3 +59,18 @@ def keep_as(path: Path, kept: Path) -> None:
                 shutil.copyfileobj(source, file, 2**20)
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file as a whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
+    """Replaces a CSV file as a whole."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())

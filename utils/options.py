@@ -1,55 +1,34 @@
-"""The flags of `main.py`, and what a checkpoint has to say about them."""
+"""The flags of `main.py`, and which of them go together."""
 
 import argparse
-from pathlib import Path
+
+import torch
 
 from datasets import DATASETS
+from datasets.loader import DATA_FLAGS
+from datasets.stats import CLASS_WEIGHTS
 from network import MODELS
-from utils.checkpoint import load_checkpoint, load_newest, previous_of, require_training_state
-from utils.cli import Parser, any_path, inner_path, number
+from utils.cli import Parser, any_path, inner_path, is_out_of_memory, number
 from utils.engine import parse_tta
 from utils.errors import InputError
-from utils.loss import CLASS_WEIGHTS, LOSSES
-from utils.run import Run
-from utils.weights.onnx import DEFAULT_OPSET, OPSETS
+from utils.loss import ADDITIVE_LOSSES, LOSSES
+from utils.weights.load import MODEL_DEFAULTS
 
-MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16}  # where no checkpoint decides
-ABOUT_THE_DATA = ("dataset", "data_root", "year")
-# What may differ between two starts of one run without changing what it computes.
-ABOUT_THE_START = {"continue_training", "test_only", "ckpt", "download", "run_name", "run_dir", "num_workers"}
-ABOUT_THE_START |= {"print_interval", "enable_vis", "vis_port", "vis_env", "vis_num_samples"}
-ABOUT_THE_START |= {"backbone_weights", "init_from"}
-ABOUT_THE_TEST = {"tta": None, "eval_output_stride": None, "crop_val": False}  # with their defaults
+TEST_FLAGS = {"tta": None, "eval_output_stride": None, "crop_val": False}  # with their defaults
+# Flags that may differ between two starts of a run without changing what it computes.
+START_FLAGS = {"continue_training", "test_only", "ckpt", "download", "run_name", "run_dir", "num_workers"}
+START_FLAGS |= {"print_interval", "enable_vis", "vis_port", "vis_env", "vis_num_samples"}
+START_FLAGS |= {"backbone_weights", "init_from"}
 
 
-def default_run_name(opts: argparse.Namespace, checkpoint: dict | None) -> str:
-    known = checkpoint["options"] if checkpoint else {}
-    model, stride = (getattr(opts, name) or known.get(name, default) for name, default in MODEL_DEFAULTS.items())
-    weights = "" if opts.class_weights == "none" else f"_{opts.class_weights}"
-    return f"{model}_{opts.dataset}_os{stride}_{opts.loss_type}{weights}"
-
-
-def folder_of_test(opts: argparse.Namespace, trained: dict) -> str:
-    """`test_<split>`, with what is not the plain evaluation on the data of the training, whose options `trained` are:
-    one does not overwrite the other."""
-    now, then = ((known.get("dataset"), known.get("data_root")) for known in (vars(opts), trained))
-    data = "" if None in then or now == then else f"_{opts.dataset}_{Path(opts.data_root).resolve().name}"
-    stride = f"_os{opts.eval_output_stride}" if opts.eval_output_stride else ""
-    tta = ""
-    if opts.tta:
-        flip, scales = parse_tta(opts.tta)
-        tta = "_tta" + "_flip" * flip + "".join(f"_{scale:g}" for scale in sorted(scales))
-    return f"test_{opts.val_split}{data}{stride}{tta}" + (f"_crop{opts.crop_size}" if opts.crop_val else "")
-
-
-def require_fitting(opts: argparse.Namespace, *, processes: int = 1) -> None:
-    """Raises InputError for flags that do not go with each other, or with so many processes."""
+def check_options(opts: argparse.Namespace, *, processes: int = 1) -> None:
+    """Raises InputError for flags that contradict each other or do not work with that many processes."""
     if opts.test_only and opts.continue_training:
-        raise InputError("--test_only: goes without --continue_training; leave one of them out")
+        raise InputError("--test_only: excludes --continue_training; leave one of them out")
     part, rest = divmod(opts.batch_size, opts.grad_accum)
     if rest:
         raise InputError(
-            f"--grad_accum {opts.grad_accum}: does not divide --batch_size {opts.batch_size}; change one"
+            f"--grad_accum {opts.grad_accum}: does not divide --batch_size {opts.batch_size}; change one of them"
         )
     part, rest = divmod(part, processes)
     if rest and not opts.test_only:
@@ -60,84 +39,68 @@ def require_fitting(opts: argparse.Namespace, *, processes: int = 1) -> None:
     if part == 1 and not opts.test_only and not opts.freeze_bn:
         share = f" over {processes} processes" if processes > 1 else ""
         raise InputError(
-            f"--batch_size {opts.batch_size} --grad_accum {opts.grad_accum}{share}: after the ASPP's global pooling, "
-            "batch normalisation would have one value a channel to take mean and deviation of; give 2 images or more "
-            "a part, or --freeze_bn"
+            f"--batch_size {opts.batch_size} --grad_accum {opts.grad_accum}{share}: leaves one image at a time, but "
+            "after the ASPP's global pooling batch normalisation needs two or more; raise --batch_size, or give "
+            "--freeze_bn"
         )
     if opts.export and (not opts.ckpt or opts.test_only or opts.continue_training):
-        raise InputError("--export: takes a --ckpt, and neither --test_only nor --continue_training; change that")
+        raise InputError("--export: needs --ckpt and excludes --test_only and --continue_training; change the flags")
     if opts.init_from and (opts.ckpt or opts.test_only):
-        raise InputError("--init_from: starts a training, without --ckpt and --test_only; leave one of them out")
+        raise InputError("--init_from: starts a training and excludes --ckpt and --test_only; leave one of them out")
     if opts.class_weights != "none" and opts.loss_type == "lovasz_softmax":
         raise InputError(
-            f"--class_weights {opts.class_weights}: lovasz_softmax weighs classes alike by itself; use none"
+            f"--class_weights {opts.class_weights}: lovasz_softmax already weights all classes equally; use none"
         )
-    for name, default in ABOUT_THE_TEST.items():
+    for name, default in TEST_FLAGS.items():
         if getattr(opts, name) != default and not opts.test_only:
-            raise InputError(f"--{name}: is for --test_only; validation in training is plain; leave it out")
+            raise InputError(f"--{name}: works with --test_only alone, not in training; leave it out")
 
 
-def settle_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
-    """Fills in model and output stride: the checkpoint's, or the defaults.
+def notes_on_batches(opts: argparse.Namespace, device: torch.device, *, processes: int) -> list[str]:
+    """Returns log lines about what does not see the whole batch of a step, if parts or processes share it."""
+    part = opts.batch_size // opts.grad_accum // processes
+    if opts.test_only or part == opts.batch_size:
+        return []
+    notes, synchronised = [], processes > 1 and device.type == "cuda"
+    seen = part * (processes if synchronised else 1)
+    if seen < opts.batch_size and not opts.freeze_bn:
+        reason = "because of --grad_accum" if opts.grad_accum > 1 else "it is synchronised on GPUs only"
+        notes.append(f"Batch normalisation sees {seen} of {opts.batch_size} images at a time ({reason})")
+    if opts.loss_type not in ADDITIVE_LOSSES:
+        notes.append(f"{opts.loss_type} is computed on {part} images at a time and averaged over the step")
+    return notes
 
-    Raises InputError where a flag given on the command line contradicts the checkpoint.
+
+def or_memory_advice(
+    error: RuntimeError, opts: argparse.Namespace, itr: int, *, amp: torch.dtype | None, processes: int
+) -> Exception:
+    """Returns a user error that says what to lower if a training step ran out of memory, otherwise the same error.
+
+    Nothing is saved after it: the failed pass has already changed the statistics of batch norms.
     """
-    for name, default in MODEL_DEFAULTS.items():
-        given, stored = getattr(opts, name), checkpoint["options"][name] if checkpoint else None
-        is_guess = checkpoint and name == "output_stride" and "published" in checkpoint  # such files do not tell
-        if checkpoint and given is not None and given != stored and not is_guess:
-            raise InputError(f"--{name} {given}: contradicts {opts.ckpt}, which has {stored}; leave the flag out")
-        setattr(opts, name, given or stored or default)
+    if not is_out_of_memory(error):
+        return error
+    part = opts.batch_size // opts.grad_accum // processes
+    advice = f"give --grad_accum {2 * opts.grad_accum}" if part % 2 == 0 and part > 2 else "lower --batch_size"
+    advice += ", lower --crop_size" + ("" if amp else ", or give --amp auto")
+    return InputError(
+        f"iteration {itr}: the device's memory is too small for {part} crops of {opts.crop_size} pixels at a time; "
+        f"{advice}"
+    )
 
 
-def find_run(opts: argparse.Namespace, *, processes: int = 1) -> tuple[Run, dict | None]:
-    """The folder to write to, and the checkpoint to begin with, None to begin from scratch.
-
-    Fills in `opts.model`, `opts.output_stride`, `opts.run_name` and `opts.ckpt`.
-    """
-    require_fitting(opts, processes=processes)
-    checkpoint = load_checkpoint(opts.ckpt, model=opts.model) if opts.ckpt else None
-    opts.run_name = opts.run_name or default_run_name(opts, checkpoint)
-    run = Run(Path(opts.run_dir) / opts.run_name)
-
-    own = run.folder / ("best.pth" if opts.test_only else "latest.pth")
-    if run.is_of_this_job and not opts.test_only:  # torchrun has started it anew
-        opts.continue_training |= own.exists() or previous_of(own).exists()
-    elif run.exists and not opts.continue_training and not opts.test_only:
-        raise InputError(f"{run.folder}: that run exists; --continue_training goes on, --run_name starts another")
-    if opts.test_only and checkpoint is None:
-        opts.ckpt, checkpoint = str(own), load_checkpoint(own)
-    elif opts.continue_training and (own.exists() or previous_of(own).exists()):
-        newest, loaded, damage = load_newest(own)
-        if damage:
-            run.log(f"warning: {str(damage).removeprefix('--ckpt ')}; the run goes on from {newest}")
-            run.damaged = own
-        elif checkpoint and Path(opts.ckpt) != own:
-            run.log(f"{own} is there: the run goes on from it, not from {opts.ckpt}")
-        opts.ckpt, checkpoint = str(newest), loaded
-    elif opts.continue_training and checkpoint is None:
-        known = sorted(path.parent.name for path in run.folder.parent.glob("*/latest.pth"))
-        others = f" (there are {', '.join(known[:10])})" if known else ""
-        run.log(f"{own} is not there: the run starts from the beginning{others}")
-    if checkpoint and opts.continue_training:
-        require_training_state(checkpoint, opts.ckpt)
-    settle_model(opts, checkpoint)
-    if opts.eval_output_stride == 8 and "mobilenet" in opts.model:
-        raise InputError("--eval_output_stride 8: MobileNetV3 has 16 only; leave it out, or use a ResNet")
-
-    if opts.test_only:  # beside the checkpoint's own run, where it belongs to one, and on its division of the data
-        opts.random_seed = checkpoint["options"].get("random_seed", opts.random_seed)
-        beside = Path(opts.ckpt).parent
-        folder = beside if (beside / "options.json").is_file() else run.folder
-        run = Run(folder / folder_of_test(opts, checkpoint["options"]))
-    return run, checkpoint
+def require_labels(matrix: torch.Tensor, opts: argparse.Namespace) -> torch.Tensor:
+    """Returns the confusion matrix of an evaluation. Raises InputError if not one pixel was labelled."""
+    if not matrix.any():
+        flag = f"--crop_size {opts.crop_size}" if opts.crop_val else f"--val_split {opts.val_split}"
+        raise InputError(f"{flag}: not one of the pixels to score is labelled; give another")
+    return matrix
 
 
-def differences(opts: argparse.Namespace, checkpoint: dict) -> list[str]:
-    """A line per option whose value is not what the checkpoint was trained with."""
+def option_differences(opts: argparse.Namespace, checkpoint: dict) -> list[str]:
+    """Returns a line for each option whose value differs from the checkpoint's training."""
     stored, now = checkpoint["options"], vars(opts)
-    names = [name for name in now if name not in ABOUT_THE_START | ABOUT_THE_TEST.keys()]
-    names = ABOUT_THE_DATA if opts.test_only else names
+    names = DATA_FLAGS if opts.test_only else [name for name in now if name not in START_FLAGS | TEST_FLAGS.keys()]
     return [
         f"{name}: {stored[name]} in the checkpoint, {now[name]} now"
         for name in names
@@ -146,98 +109,102 @@ def differences(opts: argparse.Namespace, checkpoint: dict) -> list[str]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags of `main.py`: the defaults are the experiment of the README on PASCAL VOC."""
+    """Builds the parser of `main.py`. The defaults are the README's experiment on PASCAL VOC."""
     parser = Parser(
         prog="main.py",
         usage="main.py [--dataset voc|folder|shapes] [flags]",
         description="Train, evaluate and resume DeepLabV3 and DeepLabV3+.",
     )
-    count, ratio = number(int, 1), number(float, 0)
+    count, ratio, share = number(int, 1), number(float, 0), number(float, 0, 1)
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="voc", help="shapes is generated: nothing to download")
-    text = "of voc: what holds VOCdevkit; of folder: itself"
+    text = "folder that holds VOCdevkit (voc), or the data folder itself (folder)"
     add("--data_root", type=any_path, metavar="DIR", default="datasets/data", help=text)
-    add("--year", choices=["2012", "2012_aug"], default="2012", help="of voc")
-    add("--download", action="store_true", help="fetch VOC 2012 (2 GB) unless it is there")
-    add("--train_split", type=inner_path, metavar="LIST", default="train", help="a list in ImageSets/Segmentation")
-    text = "the list to validate or, with --test_only, to test on"
+    add("--year", choices=["2012", "2012_aug"], default="2012", help="VOC only; 2012_aug: 10,582 training images")
+    add("--download", action="store_true", help="download VOC 2012 (2 GB) if it is missing")
+    add("--train_split", type=inner_path, metavar="LIST", default="train", help="list in ImageSets/Segmentation")
+    text = "list to validate on, or to test on with --test_only"
     add("--val_split", type=inner_path, metavar="LIST", default="val", help=text)
-    add("--skip_bad", action="store_true", help="look at all files first and leave out those that are damaged")
+    add("--skip_bad", action="store_true", help="check all files first and leave out damaged ones")
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        choices=MODELS,
-        metavar="NAME",
-        help=f"{', '.join(MODELS)} (default: the checkpoint's, or {MODEL_DEFAULTS['model']})",
-    )
+    text = f"{', '.join(MODELS)} (default: the checkpoint's, or {MODEL_DEFAULTS['model']})"
+    add("--model", choices=MODELS, metavar="NAME", help=text)
     add("--output_stride", type=int, choices=[16, 8], help="(default: the checkpoint's, or 16)")
     text = "imagenet (downloaded), none, or a FILE"
     add("--backbone_weights", type=any_path, default="imagenet", metavar="FILE", help=text)
 
     add = parser.add_argument_group("training").add_argument
     add("--total_itrs", metavar="N", type=count, default=5000, help="iterations (optimizer steps) in all")
-    add("--batch_size", metavar="N", type=count, default=8, help="images a step, over all processes")
-    add("--grad_accum", metavar="N", type=count, default=1, help="parts of a step's batch, where memory is small")
-    add("--crop_size", metavar="N", type=count, default=513, help="pixels, of the square training crop")
+    add("--batch_size", metavar="N", type=count, default=8, help="images per step, over all processes")
+    add("--grad_accum", metavar="N", type=count, default=1, help="parts of each step's batch, to save memory")
+    add("--crop_size", metavar="N", type=count, default=513, help="side of the training crop in pixels")
     add("--num_workers", metavar="N", type=number(int, 0), default=2, help="processes that load data")
     add("--lr", metavar="X", type=ratio, default=0.01, help="learning rate of the head")
-    add("--backbone_lr_factor", metavar="X", type=ratio, default=0.1, help="lr of the backbone over --lr")
-    add("--momentum", metavar="X", type=number(float, 0, 1), default=0.9, help="of SGD")
-    add("--weight_decay", metavar="X", type=ratio, default=1e-4, help="on every parameter")
-    add("--lr_policy", choices=["step", "poly"], default="step", help="poly: power 0.9")
-    add("--step_size", metavar="N", type=count, default=1000, help="of step: iterations between two drops")
-    add("--gamma", metavar="X", type=number(float, 0, 1), default=0.9, help="of step: factor at each drop")
+    text = "backbone learning rate as a fraction of --lr"
+    add("--backbone_lr_factor", metavar="X", type=ratio, default=0.1, help=text)
+    add("--momentum", metavar="X", type=share, default=0.9, help="SGD momentum")
+    add("--weight_decay", metavar="X", type=ratio, default=1e-4, help="L2 penalty on every parameter")
+    add("--lr_policy", choices=["step", "poly"], default="step", help="StepLR, or poly with power 0.9")
+    add("--step_size", metavar="N", type=count, default=1000, help="StepLR: iterations between drops")
+    add("--gamma", metavar="X", type=share, default=0.9, help="StepLR: factor at each drop")
     add("--warmup_itrs", metavar="N", type=number(int, 0), default=0, help="iterations of linear warm-up")
-    share = number(float, 0, 1)
-    add("--freeze_bn", action="store_true", help="batch norms keep the statistics that the weights came with")
+    add("--freeze_bn", action="store_true", help="keep the batch-norm statistics that the weights came with")
     add("--loss_type", choices=LOSSES, default="cross_entropy", help="see utils/loss.py")
-    add("--focal_gamma", metavar="X", type=ratio, default=2.0, help="of focal_loss; 0 is cross-entropy")
-    add("--ohem_threshold", metavar="X", type=share, default=0.7, help="of ohem: pixels of a higher p are easy")
-    add("--ohem_keep", metavar="X", type=share, default=0.25, help="of ohem: least share of the pixels to keep")
-    text = "from the training set's pixels; not for lovasz_softmax"
+    add("--focal_gamma", metavar="X", type=ratio, default=2.0, help="focal_loss: gamma; 0 is cross-entropy")
+    text = "ohem: pixels with a higher probability are easy"
+    add("--ohem_threshold", metavar="X", type=share, default=0.7, help=text)
+    text = "ohem: share of the pixels to keep at least"
+    add("--ohem_keep", metavar="X", type=share, default=0.25, help=text)
+    text = "counted from the training masks; not with lovasz_softmax"
     add("--class_weights", choices=["none", *CLASS_WEIGHTS], default="none", help=text)
-    add("--val_interval", metavar="N", type=number(int, 0), default=0, help="iterations; 0: every epoch")
-    add("--val_batch_size", metavar="N", type=count, default=8, help="images, of one size, at native size")
-    add("--print_interval", metavar="N", type=count, default=10, help="iterations between two loss lines")
-    seed = number(int, 0, 2**32 - 1)
-    add("--random_seed", metavar="N", type=seed, default=1, help="of weights, order and augmentation")
-    add("--device", metavar="NAME", default="auto", help="auto: cuda where there is one, otherwise cpu")
+    text = "iterations between validations; 0: one epoch"
+    add("--val_interval", metavar="N", type=number(int, 0), default=0, help=text)
+    text = "images of one size per validation batch, at native size"
+    add("--val_batch_size", metavar="N", type=count, default=8, help=text)
+    add("--print_interval", metavar="N", type=count, default=10, help="iterations between loss lines")
+    text = "seed of weights, order and augmentation"
+    add("--random_seed", metavar="N", type=number(int, 0, 2**32 - 1), default=1, help=text)
+    add("--device", metavar="NAME", default="auto", help="auto: cuda if available, otherwise cpu")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
-    add("--compile", action="store_true", help="torch.compile the training step; falls back with a warning")
+    add("--compile", action="store_true", help="torch.compile the training step; without it if that fails")
 
     add = parser.add_argument_group("run").add_argument
     add("--run_name", type=inner_path, metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
-    add("--run_dir", type=any_path, metavar="DIR", default="runs", help="where runs are kept")
-    text = "weights to start from, to test, or to go on from; torchvision: its DeepLabV3, downloaded"
+    add("--run_dir", type=any_path, metavar="DIR", default="runs", help="folder of all runs")
+    text = "checkpoint to start from, test or resume; torchvision: its DeepLabV3, downloaded"
     add("--ckpt", type=any_path, metavar="FILE", help=text)
-    add("--export", type=any_path, metavar="FILE.onnx", help="write --ckpt as ONNX, check it, and do no more")
-    text = f"of --export: {OPSETS[0]} to {OPSETS[-1]}"
-    add("--export_opset", metavar="N", type=int, default=DEFAULT_OPSET, help=text)
-    text = "start from what fits of a checkpoint, on other classes or with the other head"
+    add("--export", type=any_path, metavar="FILE.onnx", help="write --ckpt as ONNX, check it, and exit")
+    add("--export_opset", metavar="N", type=int, default=18, help="ONNX opset for --export: 18 to 23")
+    text = "start from whatever fits in this checkpoint: other classes or the other head"
     add("--init_from", type=any_path, metavar="FILE", help=text)
-    add("--continue_training", action="store_true", help="go on from the run's latest.pth, or --ckpt")
-    add("--test_only", action="store_true", help="score --ckpt (or the run's best.pth) on --val_split")
-    add("--save_val_results", action="store_true", help="save id masks and overlays of the pictures")
+    add("--continue_training", action="store_true", help="resume from the run's latest.pth, or from --ckpt")
+    text = "evaluate --ckpt (or the run's best.pth) on --val_split"
+    add("--test_only", action="store_true", help=text)
+    text = "save predicted masks and overlays of the evaluated images"
+    add("--save_val_results", action="store_true", help=text)
 
     add = parser.add_argument_group("test (with --test_only)").add_argument
-    add("--tta", metavar="LIST", type=_tta, help="mean over flip and scales: flip,0.5,0.75,1.0,1.25,1.5,1.75")
-    text = "test at another stride than the model was trained at"
+    text = "average over flip and scales, such as flip,0.5,0.75,1.0,1.25,1.5,1.75"
+    add("--tta", metavar="LIST", type=_tta, help=text)
+    text = "output stride for the test, if other than in training"
     add("--eval_output_stride", type=int, choices=[16, 8], help=text)
-    add("--crop_val", action="store_true", help="centre crops of --crop_size: comparable with other such scores only")
+    text = "score centre crops of --crop_size: comparable with other such scores only"
+    add("--crop_val", action="store_true", help=text)
 
     add = parser.add_argument_group("dashboard").add_argument
     add("--enable_vis", action="store_true", help="send curves to a visdom server")
-    add("--vis_port", metavar="N", type=number(int, 1, 65535), default=8097, help="the server's")
-    add("--vis_env", metavar="NAME", default="main", help="the dashboard's environment")
-    add("--vis_num_samples", metavar="N", type=number(int, 0), default=8, help="image | truth | prediction strips")
+    add("--vis_port", metavar="N", type=number(int, 1, 65535), default=8097, help="port of the server")
+    add("--vis_env", metavar="NAME", default="main", help="visdom environment")
+    text = "strips of image | ground truth | prediction"
+    add("--vis_num_samples", metavar="N", type=number(int, 0), default=8, help=text)
     return parser
 
 
 def _tta(text: str) -> str:
     try:
-        parse_tta(text)  # options stay plain text, as options.json and checkpoints keep them
+        parse_tta(text)  # options stay plain text, as options.json and checkpoints store them
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--tta ")) from None
     return text

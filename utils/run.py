@@ -1,142 +1,171 @@
-"""The folder of a run: what it was asked for, what it said, what it scored."""
+"""The folder of a run: which one, what it starts from, and the files in it."""
 
+import argparse
 import contextlib
 import csv
-import functools
-import io
 import json
+import logging
 import os
-import platform
-import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
+from typing import Self
 
-import numpy as np
-import PIL
 import torch
-import torch.distributed as dist
-import torchvision
-from PIL import Image
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from datasets.voc import SegmentationDataset
-from utils.checkpoint import load_checkpoint
-from utils.distributed import job_id, restarted
+from utils.checkpoint import TrainingState, load_newest, previous_of, validated_itr
+from utils.distributed import is_lost_process, job_id, restarted
+from utils.engine import parse_tta
+from utils.environment import command, environment, peak_memory_mb
 from utils.errors import InputError
-from utils.files import naming, replacing, temporary_of
-from utils.pictures.plotting import draw_curves, overlay
+from utils.files import cannot_write, make_folder, temporary_of, write_csv, write_text
+from utils.metrics import SCORE_COLUMNS, format_class_table, format_scores
+from utils.options import option_differences
+from utils.weights.load import MODEL_DEFAULTS, load_checkpoint, resolve_model
 
 HISTORY = "epoch itr loss lr overall_acc mean_acc freqw_acc mean_iou train_seconds val_seconds peak_memory_mb".split()
 CHECKPOINTS = ("latest.pth", "latest.prev.pth", "best.pth")
-TABLES = (
-    "options.json",
-    "history.csv",
-    "class_iou.csv",
-    "confusion_matrix.csv",
-    "curves.png",
-    "card.json",
-    "images.csv",
-)
-SCORE_COLUMNS = {
-    "overall_acc": "Overall Acc",
-    "mean_acc": "Mean Acc",
-    "freqw_acc": "FreqW Acc",
-    "mean_iou": "Mean IoU",
-}
+TABLES = "options.json history.csv class_iou.csv confusion_matrix.csv curves.png card.json images.csv".split()
+LOCK_SECONDS = 10  # the data workers of a killed training hold its lock for a few seconds
+log = logging.getLogger("deeplab")
+
+
+class RunLog(logging.Handler):
+    """Prints log lines above any progress bar and, once `path` is set, appends them to that file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path: Path | None = None
+        self._early: list[str] = []  # lines before the folder exists
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = ("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
+        try:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # the terminal or the reading program is gone: training continues
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        self._early.append(line)
+        if self.path is not None:
+            lines, self._early = self._early, []
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in lines)
+            except OSError as error:
+                raise cannot_write(self.path, error) from None
 
 
 class Run:
-    """`runs/<run_name>`. Nothing is written before `start`, so that bad input leaves nothing behind."""
+    """`runs/<run_name>`. Nothing is written before `start`. Only the main process writes; as a context manager it
+    releases the lock and the log and, after an error, prints which checkpoint is kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.started = False
-        self.damaged: Path | None = None  # the latest.pth that training does not go on from, because it does not load
-        self._early: list[str] = []  # what was logged before the start
+        self.damaged: Path | None = None  # a latest.pth that does not load
+        self._log: RunLog | None = None
+        self._lock: FileLock | None = None
+        self._made: list[Path] = []  # folders that the lock needed, the innermost first
 
-    @property
-    def is_of_this_job(self) -> bool:
-        """Whether it was started by the torchrun that has now started this process anew."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            options = json.loads((self.folder / "options.json").read_text(encoding="utf-8"))
-            return restarted() and options.get("job") == job_id()
-        return False
+    def __reduce__(self) -> tuple:
+        return Run, (self.folder,)  # lock and log stay with the main process
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self._lock and self._log.path and isinstance(error, Exception) and not is_lost_process(error):
+            print(self.kept(), flush=True)
+        self.close()
 
     @property
     def exists(self) -> bool:
-        """Whether training was started here; a test of a checkpoint from elsewhere leaves its own folder only."""
-        names = ("options.json", "history.csv", *CHECKPOINTS)
-        return any((self.folder / name).exists() for name in names)
+        """Whether a training has left a result here: a history or a checkpoint."""
+        return any((self.folder / name).exists() for name in ("history.csv", *CHECKPOINTS))
 
-    def start(self, options: dict, device: torch.device) -> None:
-        """Makes the folder and writes `options.json`. Raises InputError where that cannot be done."""
+    def open_log(self) -> None:
+        """Prints what is logged from now on; `start` adds log.txt."""
+        self._log = RunLog()
+        log.addHandler(self._log)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+    def lock(self) -> None:
+        """Keeps a second training out of the folder until `close`. A kill releases the lock too.
+
+        Raises InputError if another training has it.
+        """
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        make_folder(self.folder)
+        path = self.folder / ".lock"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in (*CHECKPOINTS, *TABLES):  # a kill in the middle of a write left it
-                temporary_of(self.folder / name).unlink(missing_ok=True)
-            write_text(self.folder / "options.json", json.dumps(options | environment(device), indent=2) + "\n")
-            self.started = True
-            self._write_log([f"Command: {command()}", *self._early])
+            self._lock = FileLock(path, timeout=LOCK_SECONDS, fallback_to_soft=False)
+        except TypeError:  # older versions have no fallback that would leave a marker file behind after a kill
+            self._lock = FileLock(path, timeout=LOCK_SECONDS)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            self._lock = None
+            raise InputError(
+                f"{self.folder}: this run is training in another process; wait for it, or give another --run_name"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            log.warning(f"{self.folder}: no lock ({error}); do not start this run twice at the same time")
+
+    def close(self) -> None:
+        """Releases log and lock, and removes the folders that the lock has made if nothing else was written."""
+        if self._log is not None:
+            log.removeHandler(self._log)
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                (self.folder / ".lock").unlink()
+            self._lock.release()
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it is not empty: the run has begun
+                folder.rmdir()
+        self._log = self._lock = None
+
+    def start(
+        self,
+        opts: argparse.Namespace,
+        device: torch.device,
+        splits: dict[str, SegmentationDataset],
+        *,
+        resumed_at: int = 0,
+    ) -> None:
+        """Writes options.json, begins log.txt and writes down how a folder without lists was divided into `splits`.
+
+        resumed_at: the iteration of the last validation before the checkpoint; later rows of the history are dropped,
+        and a damaged latest.pth is renamed. Raises InputError if the folder cannot be written.
+        """
+        make_folder(self.folder)
+        try:
+            for name in (*CHECKPOINTS, *TABLES):
+                temporary_of(self.folder / name).unlink(missing_ok=True)  # left by a kill during a write
+            if self.damaged and self.damaged.exists():
+                self.damaged.replace(self.damaged.with_suffix(".damaged.pth"))
+            if not resumed_at and (self.folder / "splits").is_dir():  # perhaps left by a start that failed
+                shutil.rmtree(self.folder / "splits")
         except OSError as error:
-            raise InputError(f"{self.folder}: cannot be written ({error.strerror}); give another --run_dir") from None
-
-    def discard_unless_validated(self) -> None:
-        """Removes what a start left that failed on its input before the first validation: its name is free again."""
-        if not any((self.folder / name).exists() for name in ("history.csv", *CHECKPOINTS)):
-            self.started = False
-            for name in ("options.json", "log.txt", "splits"):
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something else lies in it
-                self.folder.rmdir()
-
-    def log(self, message: str) -> None:
-        """A line on the screen, above any progress bar, and in `log.txt`."""
-        try:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
-        except OSError:  # the terminal is closed, or the program that reads has left: training goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if self.started:
-            self._write_log([message])
-        else:
-            self._early.append(message)
-
-    def _write_log(self, lines: list[str]) -> None:
-        path = self.folder / "log.txt"
-        with naming(path), path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Raises InputError, telling what is kept, for a file of the run that cannot be written inside."""
-        try:
-            yield
-        except (OSError, InputError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__  # plotting makes an InputError of it
-            if not isinstance(cause, OSError) or cause.filename is None:
-                raise
-            if not Path(str(cause.filename)).is_relative_to(self.folder):
-                raise
-            reason = cause.strerror or cause
-            kept = self.kept() or "there is no checkpoint: the same command with --continue_training begins anew"
-            raise InputError(f"{cause.filename}: cannot be written ({reason}); once it can be: {kept}") from None
-
-    def kept(self) -> str:
-        """What training can go on from, and how; empty if there is nothing."""
-        for name in CHECKPOINTS:
-            path = self.folder / name
-            with contextlib.suppress(InputError):
-                kept = f"{path} of iteration {load_checkpoint(path)['cur_itrs']} is kept"
-                flags = f"--ckpt {path} --continue_training" if name == "best.pth" else "--continue_training"
-                return f"{kept}, and the same command with {flags} goes on"
-        return ""
+            raise cannot_write(self.folder, error) from None
+        rows = self.history()
+        if any(row["itr"] > resumed_at for row in rows):
+            self._write_history([row for row in rows if row["itr"] <= resumed_at])
+        write_text(self.folder / "options.json", json.dumps(vars(opts) | environment(device), indent=2) + "\n")
+        self._log.path = self.folder / "log.txt"
+        log.info(f"Command: {command()}")
+        for name, dataset in splits.items():
+            path = self.folder / "splits" / f"{name}.txt"
+            if dataset.made_split and not path.is_file():
+                make_folder(path.parent)
+                write_text(path, "\n".join(dataset.ids) + "\n")
+                log.info(f"{dataset.folder} has no split lists: {len(dataset)} ids drawn for {name}, see {path}")
 
     def history(self) -> list[dict[str, float]]:
-        """The rows of `history.csv`, one per validation."""
+        """Returns the rows of `history.csv`, one per validation."""
         path = self.folder / "history.csv"
         if not path.is_file():
             return []
@@ -144,151 +173,169 @@ class Run:
             with path.open(newline="", encoding="utf-8") as file:
                 return [{name: float(row[name]) for name in HISTORY} for row in csv.DictReader(file)]
         except (ValueError, TypeError, KeyError, csv.Error):
-            raise InputError(f"{path}: is not a history that main.py wrote; restore it or remove it") from None
+            raise InputError(f"{path}: not a history that main.py wrote; restore it or remove it") from None
 
-    def go_on_from(self, cur_itrs: int) -> None:
-        """Drops the rows of the history past the checkpoint that training goes on from.
+    def add_validation(
+        self, state: TrainingState, matrix: torch.Tensor, class_names: list[str], *, began: float, trained: float
+    ) -> list[dict[str, float]]:
+        """Logs a validation, writes its tables and adds a row to history.csv; returns all rows.
 
-        A `latest.pth` that does not load is put aside, lest it take the place of the one before it.
+        began, trained: when training since the previous row began and ended, by `time.perf_counter`.
         """
-        if self.damaged and self.damaged.exists():
-            self.damaged.replace(self.damaged.with_suffix(".damaged.pth"))
-        rows = self.history()
-        if any(row["itr"] > cur_itrs for row in rows):
-            self._write_history([row for row in rows if row["itr"] <= cur_itrs])
-
-    def add_history(self, scores: dict, **row: float) -> None:
-        """One more row, and the curves drawn anew; the file is replaced whole, so it never holds half a row."""
-        row |= {column: scores[name] for column, name in SCORE_COLUMNS.items()}
+        self.write_scores(state.scores, matrix, class_names)
+        row = {"epoch": state.epoch, "itr": state.itr, "loss": state.loss, "lr": state.lr}
+        row |= {column: state.scores[name] for column, name in SCORE_COLUMNS.items()}
+        row |= {"train_seconds": trained - began, "val_seconds": time.perf_counter() - trained}
+        row |= {"peak_memory_mb": peak_memory_mb(state.model.device)}
         rows = [*self.history(), row]
         self._write_history(rows)
-        draw_curves({self.folder.name: rows}, self.folder / "curves.png")
-
-    def keep_splits(self, splits: dict[str, SegmentationDataset]) -> None:
-        """Writes down the division of a folder that has no split lists of its own, and says so."""
-        for name, dataset in splits.items():
-            path = self.folder / "splits" / f"{name}.txt"
-            if dataset.made_split and not path.is_file():
-                path.parent.mkdir(exist_ok=True)
-                write_text(path, "\n".join(dataset.ids) + "\n")
-                self.log(f"{dataset.folder} has no split lists: {len(dataset)} ids divided off as {name}, see {path}")
+        if state.best_itr == state.itr:
+            log.info(f"new best mIoU: {state.best_score:.6f}")
+        return rows
 
     def _write_history(self, rows: list[dict[str, float]]) -> None:
         table = [[f"{row[name]:.10g}" for name in HISTORY] for row in rows]
         write_csv(self.folder / "history.csv", HISTORY, table)
 
-    def write_scores(self, scores: dict, matrix: torch.Tensor, class_names: list[str]) -> None:
-        """`class_iou.csv` and `confusion_matrix.csv` (rows = target)."""
+    def write_scores(
+        self, scores: dict, matrix: torch.Tensor, class_names: list[str], boundary_iou: list[float] | None = None
+    ) -> None:
+        """Logs the scores and writes `class_iou.csv` and `confusion_matrix.csv` (rows = target)."""
+        log.info("\n".join([*format_scores(scores), *format_class_table(scores, class_names, boundary_iou)]))
         ious = [[name, f"{iou:.6f}"] for name, iou in zip(class_names, scores["Class IoU"], strict=True)]
         write_csv(self.folder / "class_iou.csv", ["class", "iou"], ious)
         counts = [[name, *row] for name, row in zip(class_names, matrix.tolist(), strict=True)]
         write_csv(self.folder / "confusion_matrix.csv", ["target \\ prediction", *class_names], counts)
 
-
-class SilentRun(Run):
-    """A run to the processes of a job that neither write nor log: its first one does."""
-
-    def start(self, options: dict, device: torch.device) -> None:
-        pass
-
-    def discard_unless_validated(self) -> None:
-        pass
-
-    def log(self, message: str) -> None:
-        pass
-
-    def history(self) -> list[dict[str, float]]:
-        return []
-
-    def go_on_from(self, cur_itrs: int) -> None:
-        pass
-
-    def add_history(self, scores: dict, **row: float) -> None:
-        pass
-
-    def keep_splits(self, splits: dict[str, SegmentationDataset]) -> None:
-        pass
-
-    def write_scores(self, scores: dict, matrix: torch.Tensor, class_names: list[str]) -> None:
-        pass
-
-
-class ResultWriter:
-    """`--save_val_results`: for each picture `masks/<id>.png`, class ids in the data set's palette, and
-    `overlays/<id>.jpg`, the same colours over the picture. An `on_batch` of `engine.evaluate`."""
-
-    def __init__(self, folder: Path, dataset: SegmentationDataset) -> None:
-        self.folder, self.ids, self.palette = folder, dataset.ids, dataset.palette
-
-    def __call__(
-        self, indices: list[int], images: torch.Tensor, masks: torch.Tensor, predictions: torch.Tensor
+    def save(
+        self, name: str, state: TrainingState, *, opts: argparse.Namespace, dataset: SegmentationDataset
     ) -> None:
-        for index, image, prediction in zip(indices, images.cpu(), predictions.cpu(), strict=True):
-            mask = Image.fromarray(prediction.numpy())
-            mask.putpalette(self.palette.tobytes())
-            self._save(mask, f"masks/{self.ids[index]}.png")
-            self._save(overlay(image, prediction, self.palette), f"overlays/{self.ids[index]}.jpg")
-
-    def _save(self, picture: Image.Image, name: str) -> None:
+        """Saves a checkpoint; the latest.pth before it stays as latest.prev.pth."""
+        about = environment(state.model.device)
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            picture.save(temporary, format="JPEG" if path.suffix == ".jpg" else "PNG")
+        state.save(path, opts=opts, dataset=dataset, about=about, keep_previous=name == "latest.pth")
+        log.info(f"Model saved as {path}")
+
+    def kept(self) -> str:
+        """Says which checkpoint is kept and how to resume from it."""
+        for name in CHECKPOINTS:
+            path = self.folder / name
+            with contextlib.suppress(InputError):
+                flags = f"--ckpt {path} --continue_training" if name == "best.pth" else "--continue_training"
+                return f"Kept: {path} of iteration {load_checkpoint(path)['cur_itrs']}. Add {flags} to resume."
+        return "No checkpoint was saved: the same command starts from the beginning."
 
 
-@functools.cache  # the commit is that of the start, whatever is committed while it trains
-def environment(device: torch.device) -> dict:
-    """What else decides a result: versions, the git commit, the device and the command."""
-    here = Path(__file__).parent
+def open_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
+    """Finds the folder of a run and the checkpoint that it starts from (None: from scratch).
+
+    | flags               | the run            | starts from                                                  |
+    | (none)              | new                | --ckpt's weights if given, otherwise from scratch            |
+    | (none)              | exists             | refused: --continue_training or another --run_name is needed |
+    | --continue_training | has a checkpoint   | latest.pth, or latest.prev.pth if that is damaged            |
+    | --continue_training | has none           | --ckpt with its training state if given, otherwise scratch   |
+    | --test_only         | may exist          | --ckpt, or the run's best.pth; writes to test_<split>        |
+
+    A restart by torchrun counts as --continue_training if the run has a checkpoint of its own, otherwise as a first
+    start. Fills in `opts.run_name` and `opts.ckpt`; a restart sets `opts.continue_training`, and a test takes
+    `opts.random_seed` from its checkpoint, because the seed divides folders without lists. The run holds its lock and
+    its log: close it. Raises InputError if the run cannot start like this; then nothing is written.
+    """
+    checkpoint = load_checkpoint(opts.ckpt, model=opts.model) if opts.ckpt else None
+    opts.run_name = opts.run_name or default_run_name(opts, checkpoint)
+    run = Run(Path(opts.run_dir) / opts.run_name)
+    run.open_log()
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
-    except OSError:  # there is no git
-        commit = None
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-    versions |= {"torchvision": torchvision.__version__, "pillow": PIL.__version__}
-    return {
-        "versions": versions,
-        "git_commit": commit,
-        "device_name": device_name(device),
-        "command": command(),
-        "job": job_id(),
-    }
+        if opts.test_only:
+            checkpoint = _open_test(opts, run, checkpoint)
+        else:
+            run.lock()
+            checkpoint = _open_training(opts, run, checkpoint)
+        resolve_model(opts, checkpoint)
+        if checkpoint and (lines := option_differences(opts, checkpoint)):
+            log.info("\n  ".join([f"Options that differ from those of {opts.ckpt}:", *lines]))
+        return run, checkpoint
+    except BaseException:
+        run.close()
+        raise
 
 
-def command() -> str:
-    return shlex.join([Path(sys.executable).name, *sys.argv])
+def _open_training(opts: argparse.Namespace, run: Run, checkpoint: dict | None) -> dict | None:
+    latest = run.folder / "latest.pth"
+    has_checkpoint = latest.exists() or previous_of(latest).exists()
+    if restarted() and _job_of(run) == job_id():
+        opts.continue_training |= has_checkpoint
+    elif run.exists and not opts.continue_training:
+        raise InputError(f"{run.folder}: this run exists; add --continue_training, or give another --run_name")
+    if opts.continue_training and has_checkpoint:
+        newest, loaded, damage = load_newest(latest)
+        if damage:
+            log.warning(f"{str(damage).removeprefix('--ckpt ')}; resuming from {newest}")
+            run.damaged = latest
+        elif checkpoint and Path(opts.ckpt) != latest:
+            log.info(f"{latest} exists: resuming from it, not from {opts.ckpt}")
+        opts.ckpt, checkpoint = str(newest), loaded
+    elif opts.continue_training and checkpoint is None:
+        known = sorted(path.parent.name for path in run.folder.parent.glob("*/latest.pth"))
+        others = f" (existing runs: {', '.join(known[:10])})" if known else ""
+        log.info(f"{latest} does not exist: starting from the beginning{others}")
+    if opts.continue_training and checkpoint and (source := checkpoint.get("published")):
+        raise InputError(
+            f"--ckpt {opts.ckpt}: has only weights ({source}), no training state to resume; leave out "
+            "--continue_training to start from these weights"
+        )
+    return checkpoint
 
 
-def device_name(device: torch.device) -> str:
-    """The device in words, with the number of processes if there are several."""
-    is_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
-    processes = f", {dist.get_world_size()} processes" if dist.is_initialized() else ""
-    return f"{device} ({name}){processes}"
+def _open_test(opts: argparse.Namespace, run: Run, checkpoint: dict | None) -> dict:
+    if checkpoint is None:
+        opts.ckpt = str(run.folder / "best.pth")
+        checkpoint = load_checkpoint(opts.ckpt)
+    opts.random_seed = checkpoint["options"].get("random_seed", opts.random_seed)
+    beside = Path(opts.ckpt).parent  # the checkpoint's own run, if it still lies in one
+    folder = beside if (beside / "options.json").is_file() else run.folder
+    run.folder = folder / folder_of_test(opts, checkpoint["options"])
+    return checkpoint
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file whole."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def _job_of(run: Run) -> str | None:
+    """Returns the torchrun job that started a run; None if it was another kind of start."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((run.folder / "options.json").read_text(encoding="utf-8")).get("job")
+    return None
 
 
-def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, buffer.getvalue())
+def finished_scores(opts: argparse.Namespace, checkpoint: dict | None) -> dict | None:
+    """Returns the scores of a run that `--continue_training` finds finished, and logs them; None for any other."""
+    if not opts.continue_training or checkpoint is None:
+        return None
+    itr = checkpoint["cur_itrs"]
+    if itr < opts.total_itrs or itr > validated_itr(checkpoint):
+        return None
+    scores = checkpoint["scores"]
+    log.info(f"finished: {itr} iterations are done, --total_itrs is {opts.total_itrs}")
+    log.info("\n".join([*format_scores(scores), *format_class_table(scores, checkpoint["class_names"])]))
+    log.info(f"last score and itr: {scores['Mean IoU']:.6f} {itr}")
+    log.info(f"best score and itr: {checkpoint['best_score']:.6f} {checkpoint['best_itr']}")
+    return scores
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """The most memory that tensors took on a CUDA device, or the process on the CPU, in MB; NaN if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+def default_run_name(opts: argparse.Namespace, checkpoint: dict | None) -> str:
+    """Returns `<model>_<dataset>_os<stride>_<loss>`, with the class weights if there are any."""
+    known = checkpoint["options"] if checkpoint else {}
+    model, stride = (getattr(opts, name) or known.get(name, default) for name, default in MODEL_DEFAULTS.items())
+    weights = "" if opts.class_weights == "none" else f"_{opts.class_weights}"
+    return f"{model}_{opts.dataset}_os{stride}_{opts.loss_type}{weights}"
+
+
+def folder_of_test(opts: argparse.Namespace, trained: dict) -> str:
+    """Returns `test_<split>` and whatever differs from the plain evaluation on the training's data (options
+    `trained`), so that no evaluation overwrites another."""
+    now, then = ((known.get("dataset"), known.get("data_root")) for known in (vars(opts), trained))
+    data = "" if None in then or now == then else f"_{opts.dataset}_{Path(opts.data_root).resolve().name}"
+    stride = f"_os{opts.eval_output_stride}" if opts.eval_output_stride else ""
+    tta = ""
+    if opts.tta:
+        flip, scales = parse_tta(opts.tta)
+        tta = "_tta" + "_flip" * flip + "".join(f"_{scale:g}" for scale in sorted(scales))
+    return f"test_{opts.val_split}{data}{stride}{tta}" + (f"_crop{opts.crop_size}" if opts.crop_val else "")

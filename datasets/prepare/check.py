@@ -1,4 +1,4 @@
-"""The data set doctor: reads every file of a data set as training does, and names each problem with its fix."""
+"""Checks a data set: reads every file as training does, and reports each problem with its fix."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -14,24 +14,26 @@ from datasets.folder import FolderSegmentation
 from datasets.voc import SegmentationDataset, VOCSegmentation, augmented_list
 from utils.errors import InputError
 
-BACKGROUND = ("background", "bg")  # a class 0 of this name tells nothing where a mask has no other
-APART = (("train", "val"), ("train", "test"), ("val", "test"))  # lists that must not share pictures
+BACKGROUND = ("background", "bg")  # a mask that holds only a class 0 of this name shows nothing
+APART = (("train", "val"), ("train", "test"), ("val", "test"))  # lists that must not share images
 
 
 @dataclass(frozen=True)
 class Finding:
+    """One problem of a data set."""
+
     path: str
-    problem: str  # what is wrong and how to mend it, one line
-    fatal: bool  # whether training stops at it; otherwise it runs, on less or to better scores than it seems
+    problem: str  # the problem and its fix, one line
+    fatal: bool  # whether training stops at it; otherwise it trains on less data, or scores come out too high
 
 
 class _OpenAnyway:
-    """Opens a split that training refuses, in order to find all that is wrong with it."""
+    """Opens a split that training rejects, in order to find all its problems."""
 
     refusal: InputError | None = None
 
     def require_masks(self) -> None:
-        """Each missing mask is a finding of its own."""
+        """Accepts missing masks, because each becomes a finding of its own."""
 
     def require_apart(self, path: Path, ids: list[str], val_ids: list[str]) -> None:
         try:
@@ -51,13 +53,13 @@ class _Folder(_OpenAnyway, FolderSegmentation):
 def check_dataset(
     name: str, root: str | Path, splits: list[str] | None = None, *, year: str = "2012"
 ) -> tuple[list[Finding], dict]:
-    """Opens every pair of these splits, each pair once, and collects what is wrong. Writes nothing.
+    """Reads every pair of image and mask in these splits once and collects the problems. Writes nothing.
 
-    splits: None means all lists in ImageSets/Segmentation, or train and val where there are none.
-    Returns the findings and what was checked: {"folder": str, "classes": int, "pairs": {split: count}}, of the
-    splits that could be opened. Besides bad files it finds ids listed twice and, between `train`, `val` and
-    `test` (also fold1_train and fold1_val), shared ids and one picture under two ids.
-    "shapes" is generated if it is not there.
+    splits: None means all lists in ImageSets/Segmentation, or train and val if there are none.
+    Returns the findings, and what was checked in the splits that could be opened: {"folder": str, "classes": int,
+    "pairs": {split: count}}. Besides bad files it finds ids that are listed twice. Between `train`, `val` and `test`
+    (also fold1_train and fold1_val) it finds shared ids and identical images under two ids.
+    "shapes" is generated if it does not exist.
     """
     root = Path(root)
     folder = {"voc": root / "VOCdevkit" / "VOC2012", "shapes": root / "shapes"}.get(name, root)
@@ -79,7 +81,7 @@ def check_dataset(
 
 
 def _all_splits(lists: Path, year: str) -> list[str]:
-    names = {path.stem for path in lists.glob("*.txt")} - {"train_aug"}  # it is 2012_aug's train, no other year's
+    names = {path.stem for path in lists.glob("*.txt")} - {"train_aug"}  # the train split of 2012_aug only
     names |= {"train"} if year == "2012_aug" else set()
     return sorted(names, key=lambda name: (name not in ("train", "val"), name)) or ["train", "val"]
 
@@ -88,7 +90,7 @@ def _open(name: str, root: Path, split: str, year: str) -> SegmentationDataset:
     if name == "voc":
         return _VOC(root, year, split)
     if name == "shapes":
-        from datasets import shapes  # here, as in `build_dataset`
+        from datasets import shapes  # imported late as in `build_dataset`
 
         root = shapes.generate(root / "shapes")
     return _Folder(root, split)
@@ -100,7 +102,7 @@ def _finding(error: InputError) -> Finding:
 
 
 def _check_files(datasets: Iterable[SegmentationDataset]) -> list[Finding]:
-    """What is wrong with each picture, each mask and the two together."""
+    """Checks each image, each mask, and that the two match."""
     pairs = {mask: (image, data) for data in datasets for image, mask in zip(data.images, data.masks, strict=True)}
     findings, missing_images, missing_masks = [], [], []
     for mask_path, (image_path, dataset) in tqdm(pairs.items(), desc="checking", unit="pair", disable=None):
@@ -117,7 +119,7 @@ def _check_files(datasets: Iterable[SegmentationDataset]) -> list[Finding]:
             _attempt(findings, require_one_size, image, mask, mask_path)
         if mask is not None and (problem := _emptiness(mask, dataset.class_names[0])):
             findings.append(Finding(str(mask_path), problem, fatal=False))
-    findings += _missing("the picture is missing", missing_images, len(pairs))
+    findings += _missing("the image is missing", missing_images, len(pairs))
     return findings + _missing("the mask is missing", missing_masks, len(pairs))
 
 
@@ -130,37 +132,37 @@ def _attempt(findings: list[Finding], function: Callable, *arguments: object) ->
 
 
 def _emptiness(mask: torch.Tensor, first_class: str) -> str:
-    ids = mask.numpy()  # torch's threads cost more than they give on so little
+    ids = mask.numpy()  # on so little data torch's threads cost more than they gain
     labelled = ids[ids != VOID]
     if not labelled.size:
-        return "all of it is void; annotate it, or take its id off the list"
+        return "the whole mask is void; annotate it, or remove its id from the list"
     if not labelled.any() and first_class.strip("_").lower() in BACKGROUND:
-        return f"all that is labelled is {first_class}; annotate it, unless the picture really shows no class"
+        return f"the only label is {first_class}; annotate it, unless the image really shows no other class"
     return ""
 
 
 def _missing(problem: str, paths: list[Path], total: int) -> list[Finding]:
     if paths and len(paths) == total:  # one cause, one finding
-        return [Finding(str(paths[0]), f"{problem} ({total:,} of {total:,}: none is there); add them", fatal=True)]
-    return [Finding(str(path), f"{problem}; add it, or take its id off the list", fatal=True) for path in paths]
+        return [Finding(str(paths[0]), f"{problem} ({total:,} of {total:,}); add them", fatal=True)]
+    return [Finding(str(path), f"{problem}; add it, or remove its id from the list", fatal=True) for path in paths]
 
 
 def _check_lists(
     opened: dict[str, SegmentationDataset], paths: dict[str, str], leave_out: set[str]
 ) -> Iterable[Finding]:
-    """Ids that are listed twice, and what lists share that must be apart; `leave_out`: pictures known to be bad."""
+    """Finds ids listed twice, and samples shared by lists that must be apart. `leave_out`: paths of bad images."""
     for split, dataset in opened.items():
         if dataset.refusal:
             yield _finding(dataset.refusal)
         if twice := [id for id, count in Counter(dataset.ids).items() if count > 1]:
-            yield Finding(paths[split], f"{_some(twice)} listed more than once; leave one line each", fatal=False)
+            yield Finding(paths[split], f"{_some(twice)} listed more than once; keep one line each", fatal=False)
     for one, other in _lists_apart(opened):
         shared = sorted(set(opened[one].ids) & set(opened[other].ids))
-        if shared and not (opened[one].refusal and other == "val"):  # which the refusal says already
-            problem = f"{_some(shared)} in {other} too, so its scores are too good; take them off one list"
+        if shared and not (opened[one].refusal and other == "val"):  # the refusal reports these already
+            problem = f"{_some(shared)} also in {other}, so its scores are too high; remove them from one list"
             yield Finding(paths[one], problem, fatal=False)
-        for copy, original in _same_pictures(opened[one], opened[other], leave_out):
-            problem = f"the very picture of {original}, which is in {one}; take one of them off its list"
+        for copy, original in _same_images(opened[one], opened[other], leave_out):
+            problem = f"is the same image as {original}, which is in {one}; remove one of them from its list"
             yield Finding(copy, problem, fatal=False)
 
 
@@ -173,11 +175,9 @@ def _lists_apart(names: Iterable[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _same_pictures(
-    one: SegmentationDataset, other: SegmentationDataset, leave_out: set[str]
-) -> list[tuple[str, str]]:
-    """(path in `other`, id in `one`) of pictures that are the same byte for byte under two ids."""
-    by_size = defaultdict(lambda: ([], []))  # only files of one length need be read
+def _same_images(one: SegmentationDataset, other: SegmentationDataset, leave_out: set[str]) -> list[tuple[str, str]]:
+    """Returns (path in `other`, id in `one`) of images that are byte-identical under two ids."""
+    by_size = defaultdict(lambda: ([], []))  # only files of equal length need reading
     for side, dataset in enumerate((one, other)):
         for id, path in zip(dataset.ids, dataset.images, strict=True):
             if path.is_file() and str(path) not in leave_out:
@@ -191,13 +191,13 @@ def _same_pictures(
 
 
 def _without_masks(opened: dict[str, SegmentationDataset]) -> Iterable[Finding]:
-    """Photographs that are not used, where there are no lists and the masks decide what is."""
+    """Finds images that stay unused, if there are no lists and the masks decide which ids there are."""
     divided = [opened[split] for split in ("train", "val") if split in opened and opened[split].made_split]
     if len(divided) == 2:
         folder = divided[0].folder / "JPEGImages"
-        pictures = {path.stem for path in folder.glob("*") if path.suffix in IMAGE_SUFFIXES}
-        if alone := sorted(pictures - {id for dataset in divided for id in dataset.ids}):
-            problem = f"{_some(alone)} without a mask of that name, so not used; annotate them, or take them away"
+        images = {path.stem for path in folder.glob("*") if path.suffix in IMAGE_SUFFIXES}
+        if alone := sorted(images - {id for dataset in divided for id in dataset.ids}):
+            problem = f"{_some(alone)} without a mask of that name, so unused; annotate or remove them"
             yield Finding(str(folder), problem, fatal=False)
 
 
@@ -212,8 +212,10 @@ def _some(ids: list[str]) -> str:
 
 
 def format_findings(findings: list[Finding], checked: dict, *, limit: int = 20) -> list[str]:
-    """A report of `check_dataset`: what was checked, the findings (fatal ones first, at most `limit` files of a
-    kind), a verdict."""
+    """Formats the result of `check_dataset`: what was checked, the findings, a verdict.
+
+    Fatal findings come first. Files with the same problem are grouped, at most `limit` of them listed.
+    """
     width = max(map(len, checked["pairs"]), default=0)
     lines = [f"{checked['folder']}: {checked['classes']} classes"]
     lines += [f"  {split:<{width}}  {count:>7,} pairs" for split, count in checked["pairs"].items()]
@@ -229,4 +231,4 @@ def format_findings(findings: list[Finding], checked: dict, *, limit: int = 20) 
     fatal = sum(finding.fatal for finding in findings)
     if not findings:
         return [*lines, "no problem found"]
-    return [*lines, f"{fatal:,} fatal, {len(findings) - fatal:,} to look at"]
+    return [*lines, f"fatal: {fatal:,}, warnings: {len(findings) - fatal:,}"]

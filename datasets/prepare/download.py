@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012 from the network: resumed, checked against its md5, extracted once."""
+"""Downloads PASCAL VOC 2012: resumes, checks the md5, extracts once."""
 
 import errno
 import shutil
@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from utils.errors import InputError
 
-# Folders with the tar under torchvision's name for it, tried after torchvision's own address. Untested:
-# what they send counts only if it has torchvision's md5. Beside each, who names it.
+# Folders that hold the tar under torchvision's file name, tried after torchvision's own URL. They are untested: a
+# download counts only if it has torchvision's md5. The comment beside each says who refers to it.
 MIRRORS = (
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/",  # its administrator, pytorch/vision PR 9216
     "https://dataset.bj.bcebos.com/voc/",  # paddle.vision.datasets.VOC2012, with the same md5
@@ -26,62 +26,64 @@ MIRRORS = (
     "https://pjreddie.com/media/files/",  # pjreddie.com/projects/pascal-voc-dataset-mirror; down in 2025
 )
 NEEDED = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
-# What the disk raises and no other source would mend; a transfer over the network raises none of these.
+# Errors of the disk, which no other source would fix. A network transfer raises none of these.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-# What tarfile raises for bad headers.
+# The exceptions that tarfile raises for bad headers.
 BAD_TAR = (tarfile.TarError, ArithmeticError, LookupError, MemoryError, RecursionError, ValueError)
 
 
 def download_voc(
     root: str | Path, year: str = "2012", *, sources: Sequence[str] | None = None, timeout: float = 30.0
 ) -> Path:
-    """Makes `<root>/VOCdevkit/VOC2012` exist and returns it: at once where it is complete.
+    """Downloads and extracts VOC 2012 unless it is complete already, and returns `<root>/VOCdevkit/VOC2012`.
 
-    A tar in `root` is used; without one, the URLs `sources` (torchvision's, then `MIRRORS`) are tried in
-    turn, each until it is silent for `timeout` seconds. An interrupted download goes on where it stopped.
-    "2012_aug" fetches the same: no address is known for its further masks (SegmentationClassAug).
-    Raises InputError for another year, a tar with a wrong md5 or an unusable one, a folder VOC2012 that lacks
-    a part, a `root` that cannot be written to, and if all sources fail.
+    A tar in `root` is used. Without one, the URLs in `sources` (default: torchvision's, then `MIRRORS`) are tried in
+    turn; a source is given up after `timeout` seconds of silence. An interrupted download resumes where it stopped.
+    "2012_aug" fetches the same data, because no URL is known for its additional masks (SegmentationClassAug).
+    Raises InputError for any other year, for a tar that is unusable or has the wrong md5, for an incomplete folder
+    VOC2012, for a `root` that cannot be written, and if all sources fail.
     """
     if year not in ("2012", "2012_aug"):
-        raise InputError(f"--year {year}: only 2012 and 2012_aug can be downloaded; leave out --download")
+        raise InputError(f"--year {year}: only 2012 and 2012_aug can be downloaded; omit --download")
     root, spec = Path(root), DATASET_YEAR_DICT["2012"]
     voc, tar, md5 = root / spec["base_dir"], root / spec["filename"], spec["md5"]
-    if not _lacks(voc):
+    if not _missing_folders(voc):
         return voc
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / f"{tar.name}.lock"):
-            if not (lacks := _lacks(voc)):  # another process made it while this one waited
+            if not (missing := _missing_folders(voc)):  # another process finished while this one waited
                 return voc
-            if voc.exists():  # the user's, for ours appears whole: neither deleted nor mixed with other files
-                raise InputError(f"{voc}: lacks {', '.join(lacks)}; move this folder elsewhere and run again")
+            # Ours appears only when complete, so this one is the user's: never delete it or mix files into it.
+            if voc.exists():
+                raise InputError(f"{voc}: lacks {', '.join(missing)}; move this folder away and run again")
             if not tar.exists():
                 urls = sources or dict.fromkeys([spec["url"], *(mirror + tar.name for mirror in MIRRORS)])
                 _download(urls, tar, md5=md5, timeout=timeout)
-            elif (found := calculate_md5(tar)) != md5:  # the user's too: ours has this name only once checked
+            elif (found := calculate_md5(tar)) != md5:
+                # Also the user's, because ours gets this name only after its md5 is checked.
                 raise InputError(
-                    f"{tar}: its md5 is {found}, not {md5}; delete it (or, if its download was cut short, "
+                    f"{tar}: its md5 is {found}, not {md5}; delete it (or, if the download was cut short, "
                     f"rename it to {tar.name}.part) and run again"
                 )
             _extract(tar, voc, inside=spec["base_dir"])
     except OSError as error:
-        reason = f"cannot be written to ({error.strerror or error})"
-        raise InputError(f"{root}: {reason}; free space there or give another --data_root") from error
+        reason = error.strerror or error
+        raise InputError(f"{root}: cannot be written ({reason}); free space or choose another --data_root") from error
     return voc
 
 
-def _lacks(voc: Path) -> list[str]:
+def _missing_folders(voc: Path) -> list[str]:
     return [name for name in NEEDED if not (voc / name).is_dir()]
 
 
 def _lock(path: Path) -> AcquireReturnProxy:
-    """One process at a time; the system frees the lock of a process that dies."""
+    """Lets one process in at a time. The system frees the lock of a process that dies."""
     lock = FileLock(path)
     try:
         return lock.acquire(blocking=False)
     except Timeout:
-        print(f"waiting for another process that downloads to {path.parent}", flush=True)
+        print(f"waiting for another process that is downloading to {path.parent}", flush=True)
         return lock.acquire()
 
 
@@ -94,13 +96,13 @@ def _download(urls: Iterable[str], tar: Path, *, md5: str, timeout: float) -> No
             return
         failures.append(f"{url} ({failure})")
     raise InputError(
-        f"VOC 2012 cannot be downloaded: get {tar.name} (md5 {md5}) by other means, put it in {tar.parent} and run "
-        f"again; tried: {', '.join(failures)}"
+        f"--download: no source of VOC 2012 works; get {tar.name} (md5 {md5}) in another way, put it in {tar.parent} "
+        f"and run again; tried {', '.join(failures)}"
     )
 
 
 def _fetch(url: str, part: Path, *, md5: str, timeout: float) -> str | None:
-    """Completes `part`, whichever source began it. Returns None, or why this source failed in a few words."""
+    """Completes `part`, whichever source started it. Returns None, or in a few words why this source failed."""
     from_start = _size(part) == 0
     while True:
         before = _size(part)
@@ -109,7 +111,7 @@ def _fetch(url: str, part: Path, *, md5: str, timeout: float) -> str | None:
         except (OSError, HTTPException) as error:
             if getattr(error, "errno", None) in DISK_ERRORS:
                 raise
-            if _size(part) > before:  # the connection broke, but the source works: ask for the rest
+            if _size(part) > before:  # the connection broke, but the source works: request the rest
                 continue
             if isinstance(error, urllib.error.HTTPError):
                 return f"HTTP {error.code}"
@@ -120,7 +122,7 @@ def _fetch(url: str, part: Path, *, md5: str, timeout: float) -> str | None:
         part.unlink()
         if from_start:
             return f"its md5 is {found}"
-        from_start = True  # the fault may lie in the bytes that were there: once more without them
+        from_start = True  # the earlier bytes may be at fault: try once more without them
 
 
 def _size(path: Path) -> int:
@@ -128,7 +130,7 @@ def _size(path: Path) -> int:
 
 
 def _transfer(url: str, part: Path, timeout: float) -> None:
-    """Appends to `part` what it lacks of `url`, or writes it anew if the server ignores the Range header."""
+    """Appends the missing rest of `url` to `part`. Rewrites `part` if the server ignores the Range header."""
     start = _size(part)
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})  # hosts refuse urllib's
     if start:
@@ -138,26 +140,26 @@ def _transfer(url: str, part: Path, timeout: float) -> None:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416 and start:  # no byte is left to send: the md5 tells whether that is so
+        if error.code == 416 and start:  # nothing left to send; the md5 shows whether that is true
             return
         raise
     with response:
         if response.headers.get_content_type() == "text/html":
-            raise OSError("a web page")  # of a host that moved: it must not replace what is there already
+            raise OSError("a web page")  # from a host that moved; it must not replace the bytes already there
         mode, start = ("ab", start) if response.status == 206 else ("wb", 0)
         total = None if response.length is None else start + response.length
         bar = tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True, disable=None)
         with bar, part.open(mode) as file:
-            while chunk := response.read1(1 << 20):  # read() would lose what came before a break
+            while chunk := response.read1(1 << 20):  # if the connection breaks, read() loses what it has received
                 bar.update(file.write(chunk))
     if total is not None and _size(part) < total:
-        raise OSError(f"it broke off at byte {_size(part)} of {total}")
+        raise OSError(f"stopped at byte {_size(part)} of {total}")
 
 
 def _extract(tar: Path, voc: Path, *, inside: str) -> None:
-    """The tar's folder `inside` becomes `voc` in one step, so an interrupted extraction leaves no `voc`."""
+    """Moves the tar's folder `inside` to `voc` in one step, so that an interrupted extraction leaves no `voc`."""
     staging = voc.with_name(f"{voc.name}.part")
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed: we hold the lock
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process; we hold the lock
     try:
         staging.mkdir(parents=True)
         with (
@@ -166,12 +168,12 @@ def _extract(tar: Path, voc: Path, *, inside: str) -> None:
             tarfile.open(fileobj=file, mode="r:") as archive,
         ):
             archive.extractall(staging, filter="data")
-        if lacks := _lacks(staging / inside):
-            raise InputError(f"{tar}: holds no {inside}/{lacks[0]}; delete it and run again")
+        if missing := _missing_folders(staging / inside):
+            raise InputError(f"{tar}: has no {inside}/{missing[0]}; delete it and run again")
         (staging / inside).rename(voc)
     except InputError:
         raise
-    except BAD_TAR as error:  # the filter's refusals too: they name the member
+    except BAD_TAR as error:  # includes what the filter rejects, naming the member
         raise InputError(f"{tar}: cannot be extracted ({error}); delete it and run again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -1,101 +1,90 @@
-"""The parts of the benchmark: ours and the reference, each with its set-up."""
+"""Sets up the parts of `utils.benchmark`: ours as main.py does it, or the reference; each returns a measurement."""
 
 import argparse
-import io
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
+from torchvision.transforms import functional as F
 
 from datasets import build_dataset
 from datasets.files import VOID
 from datasets.loader import SameSizeBatches, TrainBatches, make_loader
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
+from datasets.transforms import eval_transform, train_transform
 from datasets.voc import VOC_CLASSES, voc_colormap
 from network import build_model
-from network.upsample import DecoderConv2d, conv_after_upsampling, conv_before_upsampling
+from network._deeplab import DeepLab
+from network.backbone import IMAGENET_MEAN, IMAGENET_STD
+from network.fast import conv_after_upsampling, conv_before_upsampling, speed_up
 from utils.benchmark.reference import PlainDataset, plain_confusion, plain_loader, plain_model, plain_predict
-from utils.engine import compiled, evaluate, forward_backward, normalize
+from utils.engine import compile_model, evaluate, forward_backward, seed_step
 from utils.loss import build_loss
 from utils.metrics import ConfusionMatrix
-from utils.optimizer import build_optimizer
 from utils.options import get_parser
-from utils.pictures.predict import build_trained, predict_picture
+from utils.pictures.predict import predict_image
+from utils.weights.load import restore_model
 
-PICTURE = (375, 500)  # height and width of most pictures of VOC
-DISTINCT = 64  # generated pictures that differ
+IMAGE_SIZE = (375, 500)  # height and width of most images of VOC
+DISTINCT = 64  # different generated images
 NUM_CLASSES = len(VOC_CLASSES)
-MATRIX = 4096  # side of the matrices whose product gives the device's rate
-FED_STEPS = 20  # of training from the loader
-Measurement = Callable[[], float]  # takes one, in seconds per image or step
+FED_STEPS = 20  # training steps per measurement of train_from_loader
+Measurement = Callable[[], float]  # measures once, in seconds per image or step
 
 
-class Part(NamedTuple):
-    """Two ways to do one thing: each sets up and returns its measurement."""
+def write_images(folder: Path, count: int, *, num_val: int, size: tuple[int, int]) -> Path:
+    """Writes images and masks in VOC layout, all in `train` and the first `num_val` in `val`; returns the folder.
 
-    ours: Callable[[], Measurement]
-    reference: Callable[[], Measurement]
-    unit: str = "ms/image"
-    images: int = 1  # in what the unit counts
-
-
-@cache
-def _picture_files(seed: int, size: tuple[int, int]) -> tuple[bytes, bytes]:
-    """A JPEG with detail at all scales and noise, as photographs have, and a palette PNG of a few regions."""
-    rng = np.random.default_rng(seed)
-    canvas = 128 + rng.normal(0, 6, (*size, 3))
-    for cells, weight in ((2, 90), (6, 52), (20, 29), (60, 17)):  # coarse structure is the strongest
-        canvas += weight * (_smooth(rng.integers(0, 256, (cells, cells, 3), np.uint8), size) / 128 - 1)
-    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    field = _smooth(rng.integers(0, 256, (4, 4), np.uint8), size)  # [H, W]
-    classes = rng.integers(1, NUM_CLASSES, 4).repeat(2) * [0, 0, 1, 1, 0, 0, 1, 1]  # half is background
-    mask = Image.fromarray(np.where(field % 64 < 2, VOID, classes[field // 32]).astype(np.uint8))
-    mask.putpalette(voc_colormap().tobytes())
-    files = io.BytesIO(), io.BytesIO()
-    picture.save(files[0], "JPEG", quality=90)
-    mask.save(files[1], "PNG")
-    return files[0].getvalue(), files[1].getvalue()
-
-
-def _smooth(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(Image.fromarray(grid).resize(size[::-1], Image.Resampling.BICUBIC))
-
-
-def write_pictures(folder: Path, count: int, *, num_val: int, size: tuple[int, int]) -> Path:
-    """`count` pictures in VOC layout, all in `train` and the first `num_val` in `val`; returns the folder."""
-    ids = [f"{index:06d}" for index in range(count)]
+    The JPEGs have noise and detail at all scales, like photographs; the masks have a few regions with void borders.
+    """
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for index, id in enumerate(ids):
-        paths = folder / "JPEGImages" / f"{id}.jpg", folder / "SegmentationClass" / f"{id}.png"
-        for path, content in zip(paths, _picture_files(index % DISTINCT, size), strict=True):
-            path.write_bytes(content)
+    ids = [f"{index:06d}" for index in range(count)]
+    for seed, id in enumerate(ids):
+        rng = np.random.default_rng(seed)
+        canvas = 128 + rng.normal(0, 6, (*size, 3))
+        for cells, weight in ((2, 90), (6, 52), (20, 29), (60, 17)):  # coarse structure is the strongest
+            canvas += weight * (_smooth(rng.integers(0, 256, (cells, cells, 3), np.uint8), size) / 128 - 1)
+        field = _smooth(rng.integers(0, 256, (4, 4), np.uint8), size)  # [H, W]
+        classes = rng.integers(1, NUM_CLASSES, 4).repeat(2) * [0, 0, 1, 1, 0, 0, 1, 1]  # half is background
+        mask = Image.fromarray(np.where(field % 64 < 2, VOID, classes[field // 32]).astype(np.uint8))
+        mask.putpalette(voc_colormap().tobytes())
+        mask.save(folder / "SegmentationClass" / f"{id}.png")
+        Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(folder / "JPEGImages" / f"{id}.jpg", quality=90)
     for split, chosen in {"train": ids, "val": ids[:num_val]}.items():
         (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(chosen))
     (folder / "class_names.txt").write_text("\n".join(VOC_CLASSES))
     return folder
 
 
-def our_model(opts: argparse.Namespace) -> nn.Module:
-    """The model as main.py has it, with seeded random weights, in evaluation mode."""
+def _smooth(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(grid).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def our_model(opts: argparse.Namespace, *, compile: bool = False) -> DeepLab:
+    """Builds the model as main.py does, with seeded random weights."""
     torch.manual_seed(1)
     model = build_model(opts.model, num_classes=NUM_CLASSES, output_stride=opts.output_stride)
-    return model.to(opts.device, memory_format=torch.channels_last).eval()
+    model = model.to(opts.device, memory_format=torch.channels_last)
+    return model if compile else speed_up(model)
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits for a GPU to finish."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(call: Callable[[], object], device: torch.device, *, calls: int = 1, images: int = 1) -> Measurement:
+    """Returns a measurement: seconds per image of `calls` calls, each of which processes `images` images."""
+
     def measurement() -> float:
         synchronize(device)
         start = time.perf_counter()
@@ -107,14 +96,19 @@ def timed(call: Callable[[], object], device: torch.device, *, calls: int = 1, i
     return measurement
 
 
-def timed_loader(loader: DataLoader, device: torch.device, use: Callable = lambda images, masks: None) -> Measurement:
-    """Seconds per image of a loader whose batches go through `use`, its workers' first ones not counted: by then
-    they have started."""
+def timed_loader(
+    loader: DataLoader, device: torch.device, use: Callable[[torch.Tensor, torch.Tensor], object] | None = None
+) -> Measurement:
+    """Returns a measurement: seconds per image of a loader whose batches go through `use(images, masks)`.
+
+    The clock starts when each worker has delivered its first batch, so their start is not counted.
+    """
 
     def measurement() -> float:
         arrivals = [time.perf_counter()]
         for images, masks in loader:
-            use(images, masks)
+            if use:
+                use(images, masks)
             arrivals.append(time.perf_counter())
         synchronize(device)
         done = (len(loader) - loader.num_workers) * len(images)
@@ -123,53 +117,60 @@ def timed_loader(loader: DataLoader, device: torch.device, use: Callable = lambd
     return measurement
 
 
-def train_loader(opts: argparse.Namespace, *, batch_size: int, batches: int, workers: int) -> DataLoader:
-    """The loader of main.py."""
-    dataset = build_dataset("folder", opts.folder, "train", train_transform(opts.crop_size))
-    sampler = TrainBatches(len(dataset), batch_size=batch_size, seed=1, total_itrs=batches)
+def our_loader(opts: argparse.Namespace, crop_size: int, batch_size: int, *, itrs: int, workers: int) -> DataLoader:
+    """Loads training batches as main.py does."""
+    dataset = build_dataset("folder", opts.folder, "train", train_transform(crop_size))
+    sampler = TrainBatches(len(dataset), batch_size=batch_size, seed=1, total_itrs=itrs)
     return make_loader(dataset, sampler, num_workers=workers, device=opts.device)
 
 
-def loader(opts: argparse.Namespace, *, workers: int = 0, normalized: bool = False) -> Part:
-    """Training batches from files: uint8, or, like the reference's, float32."""
-    size = {"batches": 4 + 4 * workers, "workers": workers}
-    use = {"use": lambda images, masks: normalize(images)} if normalized else {}
-    return Part(
-        lambda: timed_loader(train_loader(opts, batch_size=opts.batch_size, **size), opts.device, **use),
-        lambda: timed_loader(plain_loader(opts, **size), opts.device),
-    )
+def loader(opts: argparse.Namespace, *, ours: bool, workers: int = 0, like_for_like: bool = False) -> Measurement:
+    """Measures training batches from files: ours are uint8 or, like for like, float32 like the reference's."""
+    itrs = 4 + 4 * workers
+    if not ours:
+        return timed_loader(plain_loader(opts, itrs=itrs, workers=workers), opts.device)
+    source = our_loader(opts, opts.crop_size, opts.batch_size, itrs=itrs, workers=workers)
+    if not like_for_like:
+        return timed_loader(source, opts.device)
+    model = speed_up(build_model(opts.model, num_classes=NUM_CLASSES))  # on the CPU, where the batches are
+    return timed_loader(source, opts.device, use=lambda images, masks: model.normalize(images))
 
 
-def confusion_matrix(opts: argparse.Namespace) -> Part:
-    """One picture at a time, label maps on the device."""
-    dataset = build_dataset("folder", opts.folder, "train")
-    target = dataset.mask(0).to(opts.device)[None]  # [1, H, W]
-    prediction = target.roll((3, 5), (1, 2)).where(target.roll((3, 5), (1, 2)) != VOID, 0)
-    ours, total = ConfusionMatrix(NUM_CLASSES, opts.device), np.zeros((NUM_CLASSES, NUM_CLASSES), int)
+def confusion_matrix(opts: argparse.Namespace, *, ours: bool) -> Measurement:
+    """Measures the counting of one image whose two label maps are on the device."""
+    target = build_dataset("folder", opts.folder, "train").mask(0).to(opts.device)[None]  # [1, H, W]
+    shifted = target.roll((3, 5), (1, 2))
+    prediction = shifted.where(shifted != VOID, 0)
+    if ours:
+        confusion = ConfusionMatrix(NUM_CLASSES, opts.device)
+        return timed(lambda: confusion.update(target, prediction), opts.device, calls=20)
+    total = np.zeros((NUM_CLASSES, NUM_CLASSES), int)
 
-    def reference() -> None:
-        nonlocal total
-        total += plain_confusion(target.cpu().numpy(), prediction.cpu().numpy(), NUM_CLASSES)
+    def update() -> None:
+        total[:] += plain_confusion(target.cpu().numpy(), prediction.cpu().numpy(), NUM_CLASSES)
 
-    return Part(
-        lambda: timed(lambda: ours.update(target, prediction), opts.device, calls=20),
-        lambda: timed(reference, opts.device, calls=20),
-    )
+    return timed(update, opts.device, calls=20)
 
 
-def training_step(opts: argparse.Namespace, amp: torch.dtype | None, *, compile: bool = False) -> Callable:
-    """`step(images, targets)`, uint8 both, as in main.py's loop."""
-    model = our_model(opts).train()
-    forward = compiled(model, print) if compile else model
-    optimizer, scheduler = build_optimizer(get_parser().parse_args([]), model, scaled=amp is torch.float16)
+def training_step(
+    opts: argparse.Namespace, amp: torch.dtype | None, *, compile: bool = False
+) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Returns `step(images, targets)`, both uint8: the step of main.py with its default flags."""
+    model = our_model(opts, compile=compile).train()
+    net = compile_model(model) if compile else model
     scaler = torch.amp.GradScaler(opts.device.type, enabled=amp is torch.float16)
-    how = {"scaler": scaler, "amp": amp, "parts": 1}
+    fused = True if opts.device.type == "cuda" and not scaler.is_enabled() else None
+    backbone = {"params": model.backbone.parameters(), "lr": 0.001}
+    head = {"params": model.classifier.parameters(), "lr": 0.01}
+    optimizer = SGD([backbone, head], momentum=0.9, weight_decay=1e-4, fused=fused)
+    scheduler = StepLR(optimizer, step_size=1000, gamma=0.9)
     criterion = build_loss("cross_entropy")
 
     def step(images: torch.Tensor, targets: torch.Tensor) -> None:
-        images, targets = (tensor.to(opts.device, non_blocking=True) for tensor in (images, targets))
+        images, targets = (batch.to(opts.device, non_blocking=True) for batch in (images, targets))
+        seed_step(1, scheduler.last_epoch)
         optimizer.zero_grad(set_to_none=True)
-        forward_backward(forward, criterion, images=images, targets=targets, **how)
+        forward_backward(net, criterion, images, targets, scaler=scaler, amp=amp)
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
@@ -178,130 +179,110 @@ def training_step(opts: argparse.Namespace, amp: torch.dtype | None, *, compile:
 
 
 def resident_batch(opts: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a batch on the device as the loader composes it: random images, channels last, and random masks."""
     generator, (batch, side) = torch.Generator().manual_seed(1), (opts.step_batch_size, opts.step_crop_size)
-    images = torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (batch, side, side, 3), generator=generator, dtype=torch.uint8)
     targets = torch.randint(0, NUM_CLASSES, (batch, side, side), generator=generator, dtype=torch.uint8)
-    return images.to(opts.device), targets.to(opts.device)
+    return images.permute(0, 3, 1, 2).to(opts.device), targets.to(opts.device)  # [B, 3, H, W], [B, H, W]
 
 
-def train_step(opts: argparse.Namespace, *, amp: torch.dtype | None, compile: bool = False) -> Part:
-    """A step on a batch that is on the device; the reference's is float32 there already."""
+def train_step(opts: argparse.Namespace, *, ours: bool, float32: bool = False, compile: bool = False) -> Measurement:
+    """Measures a training step on a batch on the device; the reference's images are normalised already."""
     images, targets = resident_batch(opts)
-    calls = 10 if opts.device.type == "cuda" else 1  # a GPU runs behind: the wait at the end must not count
+    calls = 10 if opts.device.type == "cuda" else 1  # a GPU lags behind, and the wait at the end should not count
+    if ours:
+        step = training_step(opts, None if float32 else opts.amp, compile=compile)
+        return timed(lambda: step(images, targets), opts.device, calls=calls)
+    model, criterion = plain_model(opts).train(), nn.CrossEntropyLoss(ignore_index=VOID)
+    optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    inputs, labels = model.normalize(images).contiguous(), targets.long()
 
-    def reference() -> Measurement:
-        model, criterion = plain_model(opts).train(), nn.CrossEntropyLoss(ignore_index=VOID)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-        inputs, labels = normalize(images).contiguous(), targets.long()
+    def plain_step() -> None:
+        loss = criterion(model(inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-        def step() -> None:
-            loss = criterion(model(inputs), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        return timed(step, opts.device, calls=calls)
-
-    def ours() -> Measurement:
-        return timed(partial(training_step(opts, amp, compile=compile), images, targets), opts.device, calls=calls)
-
-    return Part(ours, reference, "ms/step", len(images))
+    return timed(plain_step, opts.device, calls=calls)
 
 
-def decoder(opts: argparse.Namespace) -> Part:
-    """The decoder's convolution of V3+ and its gradients at the size of a training step, in both forms: whether the
-    one that is used on the CPU pays on the device, too."""
+def decoder(opts: argparse.Namespace, *, ours: bool) -> Measurement:
+    """Measures the decoder's convolution in a training step, with its gradients: ours before upsampling, as on a CPU,
+    the reference after it. Shows whether ours would pay on a GPU too."""
     batch, side = opts.step_batch_size, -(-opts.step_crop_size // 4)
     maps = torch.randn(batch, 48, side, side), torch.randn(batch, 256, -(-side // 4), -(-side // 4))
     maps = [x.to(opts.device, opts.amp, memory_format=torch.channels_last).requires_grad_() for x in maps]
-    weight = DecoderConv2d(48, 256, 256).weight.detach().to(opts.device, opts.amp).requires_grad_()
+    weight = nn.Conv2d(304, 256, 3).weight.detach().to(opts.device, opts.amp).requires_grad_()
+    convolve = conv_before_upsampling if ours else conv_after_upsampling
 
-    def part(convolve: Callable[..., torch.Tensor]) -> Measurement:
-        def call() -> None:
-            out = convolve(*maps, weight, None)
-            torch.autograd.grad(out, [*maps, weight], torch.ones_like(out))
+    def call() -> None:
+        out = convolve(*maps, weight, None)
+        torch.autograd.grad(out, [*maps, weight], torch.ones_like(out))
 
-        return timed(call, opts.device, calls=10 if opts.device.type == "cuda" else 1)
-
-    return Part(partial(part, conv_before_upsampling), partial(part, conv_after_upsampling), "ms/step", batch)
+    return timed(call, opts.device, calls=10 if opts.device.type == "cuda" else 1)
 
 
-def train_from_loader(opts: argparse.Namespace) -> Part:
-    """Training as it is against the same steps on one resident batch: the ratio is the share of the time that the
-    device computes."""
-    opts = argparse.Namespace(**vars(opts) | {"crop_size": opts.step_crop_size})
-    batches, size = FED_STEPS, opts.step_batch_size
-
-    def ours() -> Measurement:
-        source = train_loader(opts, batch_size=size, batches=batches, workers=opts.num_workers)
-        return timed_loader(source, opts.device, training_step(opts, opts.amp))
-
-    def reference() -> Measurement:
-        step = partial(training_step(opts, opts.amp), *resident_batch(opts))
-        return timed(step, opts.device, calls=batches, images=size)
-
-    return Part(ours, reference)
+def train_from_loader(opts: argparse.Namespace, *, ours: bool) -> Measurement:
+    """Measures training from files against the same steps on one resident batch: the ratio is the share of the time
+    in which the device computes."""
+    step, size = training_step(opts, opts.amp), opts.step_batch_size
+    if not ours:
+        images, targets = resident_batch(opts)
+        return timed(lambda: step(images, targets), opts.device, calls=FED_STEPS, images=size)
+    source = our_loader(opts, opts.step_crop_size, size, itrs=FED_STEPS, workers=opts.num_workers)
+    return timed_loader(source, opts.device, use=step)
 
 
-def validation(opts: argparse.Namespace) -> Part:
-    """From the files to the confusion matrix, at native size."""
+def validation(opts: argparse.Namespace, *, ours: bool) -> Measurement:
+    """Measures from the files to the confusion matrix, at native size."""
     dataset = build_dataset("folder", opts.folder, "val", eval_transform())
-    workers = opts.num_workers if opts.device.type == "cuda" else 0  # on the CPU they would only take turns
-
-    def ours() -> Measurement:
+    workers = opts.num_workers if opts.device.type == "cuda" else 0  # on the CPU they would compete with the model
+    if ours:
         batches = SameSizeBatches(dataset.sizes(), get_parser().get_default("val_batch_size"))
         source, model = make_loader(dataset, batches, num_workers=workers, device=opts.device), our_model(opts)
-        call = partial(evaluate, model, source, num_classes=NUM_CLASSES, amp=opts.amp)
-        return timed(call, opts.device, images=len(dataset))
+        return timed(lambda: evaluate(model, source, amp=opts.amp), opts.device, images=len(dataset))
+    plain = PlainDataset(dataset.images, dataset.masks, None)
+    source = DataLoader(plain, batch_size=1, num_workers=workers, persistent_workers=workers > 0)
+    model, total = plain_model(opts), np.zeros((NUM_CLASSES, NUM_CLASSES), int)
 
-    def reference() -> Measurement:
-        plain = PlainDataset(dataset.images, dataset.masks, None)
-        source = DataLoader(plain, batch_size=1, num_workers=workers, persistent_workers=workers > 0)
-        model, total = plain_model(opts), np.zeros((NUM_CLASSES, NUM_CLASSES), int)
+    def plain_evaluate() -> None:
+        for image, mask in source:
+            prediction = plain_predict(model, image.to(opts.device)).numpy()
+            total[:] += plain_confusion(mask.numpy(), prediction, NUM_CLASSES)
 
-        def call() -> None:
-            nonlocal total
-            for image, mask in source:
-                prediction = plain_predict(model, image.to(opts.device)).numpy()
-                total += plain_confusion(mask.numpy(), prediction, NUM_CLASSES)
-
-        return timed(call, opts.device, images=len(dataset))
-
-    return Part(ours, reference)
+    return timed(plain_evaluate, opts.device, images=len(dataset))
 
 
-def predict(opts: argparse.Namespace) -> Part:
-    """One picture, uint8 on the CPU, to its class ids there, by a model that is loaded from its checkpoint."""
-    image = torch.randint(0, 256, (3, opts.crop_size, opts.crop_size), dtype=torch.uint8)
-    trained = trained_model(opts)
+def predict(opts: argparse.Namespace, *, ours: bool) -> Measurement:
+    """Measures from an image on the CPU to its class ids there, with a model rebuilt from its checkpoint."""
+    pixels = torch.randint(0, 256, (opts.crop_size, opts.crop_size, 3), dtype=torch.uint8)
+    image = pixels.permute(2, 0, 1)  # [3, H, W], channels last in memory, as files are read
+    if ours:
+        options = {"model": opts.model, "output_stride": opts.output_stride}
+        about = {"options": options, "class_names": VOC_CLASSES, "palette": voc_colormap().tolist()}
+        checkpoint = {"model_state": our_model(opts).state_dict(), **about}
+        model = restore_model(checkpoint, "benchmark", opts.device).model
+        return timed(lambda: predict_image(model, image, amp=opts.amp), opts.device)
+    model, image = plain_model(opts), image.contiguous()
 
-    def reference() -> Measurement:
-        model = plain_model(opts)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return timed(lambda: plain_predict(model, ((image / 255 - mean) / std)[None].to(opts.device)), opts.device)
+    def plain() -> None:
+        plain_predict(model, F.normalize(image / 255, IMAGENET_MEAN, IMAGENET_STD)[None].to(opts.device))
 
-    return Part(lambda: timed(lambda: predict_picture(trained, image, amp=opts.amp), opts.device), reference)
-
-
-def trained_model(opts: argparse.Namespace) -> nn.Module:
-    """A model as `prediction.load_model` makes it of a checkpoint."""
-    options = {"model": opts.model, "output_stride": opts.output_stride}
-    content = {"model_state": our_model(opts).state_dict(), "options": options}
-    content |= {"class_names": VOC_CLASSES, "palette": voc_colormap().tolist()}
-    return build_trained(content, "benchmark", opts.device, output_stride=opts.output_stride).model
+    return timed(plain, opts.device)
 
 
-PARTS = {  # by size: on the CPU the memory of a part is the process's peak up to then
+PARTS = {  # smallest first: on the CPU a part's memory is the peak of the process so far
     "confusion_matrix": confusion_matrix,
     "loader": loader,
-    "loader_like_for_like": partial(loader, normalized=True),
+    "loader_like_for_like": partial(loader, like_for_like=True),
     "loader_2_workers": partial(loader, workers=2),
     "predict": predict,
     "validation": validation,
-    "train_step": lambda opts: train_step(opts, amp=opts.amp),
-    "train_step_float32": lambda opts: train_step(opts, amp=None),
-    "train_step_compiled": lambda opts: train_step(opts, amp=opts.amp, compile=True),
+    "train_step": train_step,
+    "train_step_float32": partial(train_step, float32=True),
+    "train_step_compiled": partial(train_step, compile=True),
     "train_from_loader": train_from_loader,
     "decoder": decoder,
 }
-ON_CUDA = ("train_step_float32", "train_from_loader", "decoder")  # unless --parts says otherwise
+STEPS = {"train_step", "train_step_float32", "train_step_compiled", "decoder"}  # measured per step, not per image
+ON_CUDA = {"train_step_float32", "train_from_loader", "decoder"}  # measured on the CPU only if --parts names them

@@ -1,10 +1,10 @@
-"""Checkpoints that others published, read as ours are: VainF/DeepLabV3Plus-Pytorch, torchvision, bare weights.
+"""Reads published checkpoints like our own: VainF/DeepLabV3Plus-Pytorch, torchvision, bare state dicts.
 
     python main.py --test_only --ckpt best_deeplabv3plus_resnet101_voc_os16.pth
-    python main.py --test_only --ckpt torchvision                     # trained on COCO with the classes of VOC
+    python main.py --test_only --ckpt torchvision                     # trained on COCO with the VOC classes
 
-Their modules carry the names that ours have, or names that differ by a prefix; so model, depth and number of
-classes are read off the names and shapes of the weights.
+Their modules have the same names as ours, or names that differ by a prefix. Model, depth and number of classes follow
+from the names and shapes of the weights.
 """
 
 import re
@@ -21,15 +21,15 @@ TORCHVISION = ("deeplabv3_resnet50", "deeplabv3_resnet101")
 DEPTHS = {6: "resnet50", 23: "resnet101"}  # by the number of blocks in layer 3
 LAST_LAYERS = {"deeplabv3": "classifier.classifier.4.weight", "deeplabv3plus": "classifier.classifier.3.weight"}
 WRAPPERS = ("model_state", "model", "state_dict", "model_state_dict")  # VainF; torchvision; timm and most others
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
 MAX_CLASSES = 255  # ids are uint8, and 255 is void
-READ = "DeepLabV3 and V3+ on ResNet-50 or ResNet-101 are read, named as VainF/DeepLabV3Plus-Pytorch or torchvision do"
-NOT_READ = {  # by what a name begins with
-    r"classifier\..*\.body\.0\.weight": "a head of separable convolutions",
+READABLE = "readable are DeepLabV3 and V3+ on ResNet-50 or -101, with the names of VainF's code or torchvision"
+NOT_READABLE = {  # by how a name begins
+    r"classifier\..*\.body\.0\.weight": "a head with separable convolutions",
     r"backbone\.(low|high)_level_features\.": "a DeepLab on MobileNetV2",
     r"backbone\.stage2\.": "a DeepLab on HRNet",
     r"backbone\.block1\.": "a DeepLab on Xception",
-    r"segmentation_head\.": "a model of segmentation_models_pytorch",
+    r"segmentation_head\.": "a model from segmentation_models_pytorch",
     r"classifier\.(cbr|low_classifier)\.": "torchvision's LRASPP",
     r"classifier\.0\.weight": "torchvision's FCN",
     r"(conv1|layer1|features\.0)\.": "a network without a segmentation head (for --backbone_weights)",
@@ -37,36 +37,36 @@ NOT_READ = {  # by what a name begins with
 
 
 def weights_in(content: dict, where: str) -> dict[str, torch.Tensor]:
-    """The state dict in what a file holds, out of its wrapper and without the prefixes of wrapped modules.
+    """Returns the state dict in a file's content, out of its wrapper and without the prefixes of wrapped modules.
 
-    `where`: flag and file, for the message. Raises InputError if there is none.
+    `where`: flag and file, for the message. Raises InputError if there is no usable state dict.
     """
     state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     odd = [name for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))]
     if odd or not state:
-        what = f"{str(odd[0])[:80]!r} in it is no plain tensor" if odd else "there is none in it"
-        raise InputError(f"{where}: holds no state dict, for {what}; give a file of weights")
+        problem = f"its {str(odd[0])[:80]!r} is not a plain tensor" if odd else "it is empty"
+        raise InputError(f"{where}: holds no state dict, {problem}; give a file of weights")
     if broken := next((name for name, value in state.items() if not value.isfinite().all()), None):
-        raise InputError(f"{where}: holds weights that are not finite ({broken[:80]}); give an earlier checkpoint")
+        raise InputError(f"{where}: has weights that are not finite ({broken[:80]}); give an earlier checkpoint")
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is numbers in memory: not sparse, not quantised, not without content."""
+    """Whether the value is numbers in memory: not sparse, not quantised, not on the meta device."""
     is_dense = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
     return is_dense and value.device.type == "cpu" and not value.is_complex()
 
 
 def convert(content: dict, where: str) -> dict:
-    """A published file's content as a checkpoint with the keys of ours (`utils.checkpoint.KEYS`), and two more.
+    """Presents a published file's content as a checkpoint with our keys (`load.KEYS`) and two more.
 
-    `model_state` has our names; `options` has `model` and `output_stride` alone, the stride assumed, for no file
-    tells: 8 for torchvision's and 16 for others, as they were trained, and either can be computed with. There are no
-    states of optimizer, schedule and scaler (None), no scores (None), no iterations (0). 21 classes are taken as
-    VOC's; others are `unnamed`. `published` is where the file comes from, `notes` are lines for the log: what
-    was assumed, and what was left out.
+    `model_state` has our names. `options` has only `model` and `output_stride`; no file tells the stride, so it is
+    the one that such models were trained with (torchvision 8, others 16), and the weights work with either. The
+    states of optimizer, schedule and scaler and the scores are None, the iterations 0. 21 classes count as VOC's,
+    others are `unnamed`. `published` is the file's origin, `notes` are log lines: what was assumed and what was left
+    out.
 
     `where`: flag and file, for the message. Raises InputError for models other than ours.
     """
@@ -76,29 +76,29 @@ def convert(content: dict, where: str) -> dict:
         source, auxiliary = "torchvision", [name for name in state if name.startswith("aux_classifier.")]
         state = {_renamed(name): value for name, value in state.items() if name not in auxiliary}
         if auxiliary:
-            notes = [f"left out: aux_classifier, {len(auxiliary)} tensors of a head for training alone"]
+            notes = [f"left out: aux_classifier, {len(auxiliary)} tensors of a head that only training uses"]
     model = model_of(state)
-    recognised = (what for start, what in NOT_READ.items() if any(re.match(start, name) for name in state))
-    if what := next(recognised, None):
-        raise InputError(f"{where}: is {what}; {READ}")
+    recognised = (kind for start, kind in NOT_READABLE.items() if any(re.match(start, name) for name in state))
+    if kind := next(recognised, None):
+        raise InputError(f"{where}: this is {kind}; {READABLE}")
     if model is None:
         names = ", ".join(name[:80] for name in list(state)[:2])
-        raise InputError(f"{where}: holds {len(state)} tensors ({names}...) that no model here has; {READ}")
+        raise InputError(f"{where}: no model here has its weights ({names}..., {len(state)} in all); {READABLE}")
     if source == "torchvision" and not model.endswith(tuple(DEPTHS.values())):
         raise InputError(
-            f"{where}: is torchvision's DeepLabV3 on MobileNetV3, of atrous rates that ours lacks; {READ}"
+            f"{where}: this is torchvision's DeepLabV3 on MobileNetV3, with other atrous rates than ours; {READABLE}"
         )
 
     last = LAST_LAYERS[model.partition("_")[0]]
     if last not in state or state[last].ndim != 4 or not 0 < len(state[last]) <= MAX_CLASSES:
-        found = list(state[last].shape) if last in state else "not there"
-        raise InputError(f"{where}: {last} is {found}; it takes one of 1 to {MAX_CLASSES} classes")
+        found = f"has shape {list(state[last].shape)}" if last in state else "is missing"
+        raise InputError(f"{where}: {last} {found}; it must have 1 to {MAX_CLASSES} classes")
     num_classes, stride = len(state[last]), 8 if source == "torchvision" else 16
     voc = num_classes == len(VOC_CLASSES)
-    names = "taken for PASCAL VOC's" if voc else "whose names it does not tell: a data set must have as many"
+    names = "taken to be PASCAL VOC's" if voc else "without names: the data set must have the same number"
     notes = [
-        f"{source}: {model} of {num_classes} classes, {names}",
-        f"the file does not tell its output stride: {stride}, unless --output_stride says otherwise",
+        f"{source}: {model} with {num_classes} classes, {names}",
+        f"the file does not tell its output stride: using {stride} unless --output_stride is given",
         *notes,
     ]
     if isinstance(score := content.get("best_score"), float) and isinstance(itr := content.get("cur_itrs"), int):
@@ -121,12 +121,12 @@ def convert(content: dict, where: str) -> dict:
 
 
 def _renamed(name: str) -> str:
-    """torchvision's head is the sequence that ours has inside: `classifier.0` is our `classifier.classifier.0`."""
+    """Renames torchvision's head, the sequence inside ours: `classifier.0` is our `classifier.classifier.0`."""
     return f"classifier.{name}" if name.startswith("classifier.") else name
 
 
 def model_of(names: Collection[str]) -> str | None:
-    """One of `network.MODELS`, by the names of its parameters."""
+    """Recognises a model, one of `network.MODELS`, by the names of its parameters; None if it is another."""
     if "classifier.aspp.project.0.weight" in names:
         head = "deeplabv3plus"
     elif "classifier.classifier.0.project.0.weight" in names:
@@ -141,25 +141,26 @@ def model_of(names: Collection[str]) -> str | None:
 
 
 def unnamed(num_classes: int) -> list[str]:
-    """The class names of a checkpoint that has none."""
+    """Returns the class names of a checkpoint that has none."""
     return [f"class {index}" for index in range(num_classes)]
 
 
 def download_torchvision(model: str | None = None, flag: str = "--ckpt") -> dict:
-    """torchvision's DeepLabV3, trained on COCO with the classes of VOC: from its cache, or downloaded.
+    """Loads torchvision's DeepLabV3, trained on COCO with the VOC classes, from its cache or the network.
 
-    model: None for ResNet-50. Raises InputError for a model that torchvision has not, and for a failed download.
+    model: None means ResNet-50. Raises InputError for a model that torchvision does not have and for a failed
+    download.
     """
     model = model or TORCHVISION[0]
     if model not in TORCHVISION:
-        raise InputError(f"{flag} torchvision: has {' and '.join(TORCHVISION)}, no {model}; give --model one of them")
+        raise InputError(f"{flag} torchvision: has no {model}; give --model {' or '.join(TORCHVISION)}")
     weights = models.get_model_weights(model).COCO_WITH_VOC_LABELS_V1
     where = f"{flag} torchvision"
     return convert(download(weights, where=where, instead=f"give {flag} FILE"), where)
 
 
 def download(weights: models.WeightsEnum, *, where: str, instead: str) -> dict[str, torch.Tensor]:
-    """torchvision's weights, from its cache where they are there. Raises InputError if they cannot be had."""
+    """Loads torchvision's weights, from its cache if they are there. Raises InputError if that fails."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     was_there = cached.is_file()
     try:

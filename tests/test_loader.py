@@ -27,13 +27,13 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert batches(seed=2) != batches()
 
 
-def test_stream_that_starts_late_is_the_rest_of_the_whole():
+def test_a_stream_that_starts_late_is_the_rest_of_the_whole():
     for start in range(13):
         assert batches(start_itr=start) == batches()[start:]
         assert len(TrainBatches(10, batch_size=3, seed=1, total_itrs=12, start_itr=start)) == 12 - start
 
 
-def test_set_smaller_than_a_batch_is_an_error_with_both_numbers():
+def test_a_set_smaller_than_a_batch_is_an_error_with_both_numbers():
     with pytest.raises(InputError, match=r"--batch_size 11: the training set has only 10"):
         TrainBatches(10, batch_size=11, seed=1, total_itrs=5)
 

@@ -1,0 +1,60 @@
+"""Where a run was made: versions, commit, device, command and memory."""
+
+import functools
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+
+from utils.distributed import job_id, world_size
+
+
+@functools.cache  # the commit at the start, whatever is committed during the training
+def environment(device: torch.device) -> dict:
+    """Returns what else decides a result: versions, git commit, device and command."""
+    here = Path(__file__).parent
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    except OSError:  # git is not installed
+        commit = None
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    versions |= {"torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    return {
+        "versions": versions,
+        "git_commit": commit,
+        "device_name": device_name(device),
+        "command": command(),
+        "job": job_id(),
+    }
+
+
+def command() -> str:
+    """Returns the command line of this process."""
+    return shlex.join([Path(sys.executable).name, *sys.argv])
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the device in words, with the number of processes if there are several."""
+    is_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    return f"{device} ({name}){processes}"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Returns the peak memory of tensors on a CUDA device, or of the process on the CPU, in MB; NaN if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere

@@ -1,0 +1,284 @@
+"""Reads checkpoints and weight files without executing anything in them, and loads weights into models."""
+
+import argparse
+import logging
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision import models
+
+from datasets.files import is_file, is_folder
+from network import build_model
+from network._deeplab import DeepLab
+from network.fast import fold_batchnorm, speed_up
+from utils.errors import InputError
+from utils.weights.published import convert, download, download_torchvision, model_of, unnamed, weights_in
+
+KEYS = {"model_state", "optimizer_state", "scheduler_state", "scaler_state", "cur_itrs", "best_score"}
+OWN_KEYS = {"best_itr", "scores", "options", "class_names", "palette"}  # files from elsewhere have none of these
+KEYS |= OWN_KEYS
+KINDS = {"model_state": dict, "optimizer_state": dict, "scheduler_state": dict, "scaler_state": dict, "cur_itrs": int}
+KINDS |= {"best_score": (int, float), "best_itr": int, "options": dict, "class_names": list, "palette": list}
+COUNTERS = "num_batches_tracked"  # of batch norms: unused with a fixed momentum, and absent from older files
+
+
+MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16}  # unless a checkpoint decides
+log = logging.getLogger("deeplab")
+
+
+class TrainedModel(NamedTuple):
+    """A model rebuilt from a checkpoint, with what belongs to it."""
+
+    model: DeepLab  # in evaluation mode, on its device
+    class_names: list[str]
+    palette: np.ndarray  # [256, 3] uint8 RGB
+    options: dict  # of the training
+
+
+def load_model(path: str | Path, device: torch.device) -> TrainedModel:
+    """Rebuilds a model from a checkpoint alone: no data set, no download.
+
+    Raises InputError if the file is missing, damaged or something else.
+    """
+    return restore_model(load_checkpoint(path), path, device)
+
+
+def restore_model(checkpoint: dict, path: str | Path, device: torch.device) -> TrainedModel:
+    """Does what `load_model` does for a checkpoint that is already in memory; `path` is for messages."""
+    options, class_names = checkpoint["options"], checkpoint["class_names"]
+    model = build_model(options["model"], num_classes=len(class_names), output_stride=options["output_stride"])
+    load_model_state(model, checkpoint, str(path))
+    model = speed_up(model.to(device, memory_format=torch.channels_last).eval())
+    model = fold_batchnorm(model) if device.type == "cpu" else model  # as `engine.evaluate` does
+    return TrainedModel(model, class_names, np.array(checkpoint["palette"], np.uint8), options)
+
+
+def resolve_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
+    """Fills in `opts.model` and `opts.output_stride` from the checkpoint, or else the defaults.
+
+    Raises InputError for a flag that contradicts the checkpoint, or a test stride that the backbone does not support.
+    """
+    for name, default in MODEL_DEFAULTS.items():
+        given, stored = getattr(opts, name), checkpoint["options"][name] if checkpoint else None
+        is_guess = checkpoint and name == "output_stride" and "published" in checkpoint  # those do not tell
+        if checkpoint and given is not None and given != stored and not is_guess:
+            raise InputError(f"--{name} {given}: contradicts {opts.ckpt}, which has {stored}; leave the flag out")
+        setattr(opts, name, given or stored or default)
+    if opts.eval_output_stride == 8 and "mobilenet" in opts.model:
+        raise InputError("--eval_output_stride 8: MobileNetV3 supports 16 only; leave it out, or use a ResNet")
+
+
+def initial_model(
+    opts: argparse.Namespace, checkpoint: dict | None, class_names: list[str], device: torch.device
+) -> DeepLab:
+    """Builds the model of `opts` on its device with the weights to start from: those of the checkpoint, of
+    `--init_from` or of `--backbone_weights`. The head's random weights follow from `--random_seed`."""
+    torch.manual_seed(opts.random_seed)
+    stride = opts.eval_output_stride or opts.output_stride  # the weights fit either
+    model = build_model(opts.model, num_classes=len(class_names), output_stride=stride)
+    model.freeze_bn = opts.freeze_bn
+    if checkpoint:
+        require_classes(checkpoint["class_names"], class_names, opts.ckpt)
+        load_model_state(model, checkpoint, opts.ckpt)
+        log.info("\n  ".join([f"Model restored from {opts.ckpt}", *checkpoint.get("notes", [])]))
+    elif opts.init_from:
+        log.info("\n".join(init_from(model, opts.init_from)))
+    else:
+        load_backbone(model, opts.model, opts.backbone_weights)
+        if opts.freeze_bn:
+            log.warning("--freeze_bn keeps the new batch norms at mean 0 and deviation 1; give --ckpt")
+    model = model.to(device, memory_format=torch.channels_last)
+    return model if opts.compile else speed_up(model)
+
+
+def load_checkpoint(path: str | Path, *, flag: str = "--ckpt", model: str | None = None) -> dict:
+    """Reads a checkpoint of this project, or a published one as `published.convert` presents it (key `published`).
+
+    path: a file, or the word "torchvision" for its weights of `model` (None: DeepLabV3 ResNet-50), downloaded.
+    Raises InputError for a missing or damaged file and for weights that fit no model here.
+    """
+    if str(path) == "torchvision":
+        return download_torchvision(model, flag)
+    content = load_file(Path(path), flag)
+    missing = sorted(KEYS - content.keys())
+    if missing and OWN_KEYS & content.keys():
+        raise InputError(f"{flag} {path}: not a checkpoint of main.py, {', '.join(missing)} is missing")
+    if missing:
+        return convert(content, f"{flag} {path}")
+    if odd := [name for name, kind in KINDS.items() if not isinstance(content[name], kind)]:
+        raise InputError(f"{flag} {path}: not a checkpoint of main.py, its {odd[0]} has the wrong type")
+    if lacking := {"model", "output_stride"} - content["options"].keys():
+        raise InputError(f"{flag} {path}: not a checkpoint of main.py, its options lack {min(lacking)}")
+    return content
+
+
+def load_file(path: Path, flag: str) -> dict:
+    """Reads a `torch.save` or `.safetensors` file on the CPU: tensors and builtins only, because anything else could
+    be code. A NumPy float, as scores often are, becomes a Python float.
+
+    Raises InputError, naming the flag that the file came from.
+    """
+    if is_folder(path):
+        raise InputError(f"{flag} {path}: this is a folder; name a file in it, such as best.pth")
+    if not is_file(path):
+        raise InputError(f"{flag} {path}: no such file")
+    try:
+        content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except ImportError:
+        raise InputError(f"{flag} {path}: the package safetensors is missing; pip install safetensors") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{flag} {path}: holds more than tensors and builtins, or is not a checkpoint") from None
+    except Exception as error:  # a damaged file can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{flag} {path}: cannot be read ({reason}); it may be incomplete") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def _load_safetensors(path: Path) -> dict:
+    from safetensors.torch import load_file as load  # only such files and Segment Anything need it
+
+    return load(path)
+
+
+def _load_pickle(path: Path) -> Any:
+    scalar = [(_float64, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]  # NumPy 2 and NumPy 1
+    allowed = torch.serialization.safe_globals([*scalar, np.dtype, type(np.dtype(np.float64))])
+    with allowed, warnings.catch_warnings(action="ignore"):  # about pickle protocols: the file loads or is refused
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _float64(dtype: np.dtype, content: bytes) -> float:
+    """Takes the place of NumPy's own function, which makes scalars of any type."""
+    if dtype != np.float64 or len(content) != dtype.itemsize:
+        raise pickle.UnpicklingError("not a float64")
+    return np.frombuffer(content, dtype).item()
+
+
+def load_model_state(model: nn.Module, checkpoint: dict, path: str) -> None:
+    """Loads a checkpoint's weights. Raises InputError if they belong to another model."""
+    state = weights_in({"model_state": checkpoint["model_state"]}, f"--ckpt {path}")
+    if wrong := incompatible_keys(model.state_dict(), state):
+        name, why = next(iter(wrong.items()))
+        raise InputError(
+            f"--ckpt {path}: the weights do not fit the model ({name}: {why}; {len(wrong)} such tensors in all)"
+        )
+    model.load_state_dict(state, strict=False)  # older files lack the counters of batch norms
+
+
+def incompatible_keys(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Returns the problem with each tensor that does not fit, by name: missing, of another shape, or unexpected."""
+    wrong = {}
+    for name, value in own.items():
+        if name not in given:
+            wrong |= {} if name.endswith(COUNTERS) else {name: "missing"}
+        elif given[name].shape != value.shape:
+            wrong[name] = f"shape {list(given[name].shape)} instead of {list(value.shape)}"
+    return wrong | {name: "unexpected" for name in given if name not in own}
+
+
+def load_backbone(model: DeepLab, name: str, source: str) -> None:
+    """Loads `--backbone_weights` into the backbone of the model called `name`.
+
+    source: "imagenet" (downloaded), "none" (nothing happens), or a file. A file has the names of torchvision's
+    classification network (timm's plain ResNets have the same), or it is a DeepLab with that backbone. The
+    classification layer is left out, whatever its number of classes. Raises InputError for a failed download and for
+    weights of another network.
+    """
+    if source == "none":
+        return
+    backbone, where = name.partition("_")[2], f"--backbone_weights {source}"
+    if source == "imagenet":
+        instead = "give --backbone_weights FILE, or none to start from random weights"
+        state = download(models.get_model_weights(backbone).IMAGENET1K_V1, where=where, instead=instead)
+    else:
+        state = weights_in(load_file(Path(source), "--backbone_weights"), where)
+        state = {key: value for key, value in state.items() if key.startswith("backbone.")} or state
+    state = {
+        key.removeprefix("backbone.").removeprefix("features."): value  # MobileNet's names begin with features.
+        for key, value in state.items()
+        if not key.startswith(("fc.", "classifier."))
+    }
+    if wrong := incompatible_keys(model.backbone.state_dict(), state):
+        key, why = next(iter(wrong.items()))
+        raise InputError(
+            f"{where}: not weights of {backbone} ({key}: {why}; {len(wrong)} such tensors in all); give a state dict "
+            "of torchvision's network, or of timm's plain ResNet"
+        )
+    model.backbone.load_state_dict(state, strict=False)
+
+
+def init_from(model: DeepLab, path: str | Path) -> list[str]:
+    """Loads for `--init_from` whatever fits by name and shape from any checkpoint that `load_checkpoint` reads,
+    regardless of its classes and head. Everything else keeps its values.
+
+    Returns log lines: how much was loaded, each tensor that was not and why, how many tensors of the file are unused.
+    Raises InputError if nothing in the backbone fits; the model does not change then.
+    """
+    own = model.state_dict()
+    name = model_of(own)
+    torchvision_name = name.replace("deeplabv3plus", "deeplabv3") if name else None  # torchvision has V3 only
+    checkpoint = load_checkpoint(path, flag="--init_from", model=torchvision_name)
+    given = weights_in({"model_state": checkpoint["model_state"]}, f"--init_from {path}")
+    wrong = incompatible_keys(own, given)
+    fitting = {key: value for key, value in given.items() if key not in wrong}
+    if not any(key.startswith("backbone.") and not key.endswith(COUNTERS) for key in fitting):
+        key, why = next(iter(wrong.items()))
+        raise InputError(
+            f"--init_from {path}: this is {model_of(given) or 'another network'}, and no tensor fits the backbone "
+            f"({key}: {why}); give a checkpoint with the same backbone, or another --model"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return [
+        f"{path}: {len(fitting)} of the model's {len(own)} tensors loaded, {len(given) - len(fitting)} of the file's "
+        "not used",
+        *(note for note in checkpoint.get("notes", []) if note.startswith("left out")),
+        *(f"random initialisation: {key} ({why})" for key, why in wrong.items() if key in own),
+    ]
+
+
+def require_classes(theirs: list[str], class_names: list[str], path: str) -> None:
+    """Raises InputError, naming both lists, unless the checkpoint's classes are those of the data set.
+
+    A published checkpoint without class names only needs the same number of classes.
+    """
+    nameless = list(theirs) == unnamed(len(theirs))
+    if nameless and len(theirs) == len(class_names):
+        return
+    if theirs != list(class_names):
+        named = "names unknown" if nameless else ", ".join(theirs)
+        raise InputError(
+            f"--ckpt {path}: was trained on {len(theirs)} classes ({named}), but the data set has "
+            f"{len(class_names)} ({', '.join(class_names)}); use the data set that it was trained on, or "
+            "train on this one with --init_from"
+        )
+
+
+def describe(checkpoint: dict) -> dict[str, str]:
+    """Returns what a checkpoint says about itself, as headings and texts. Published ones say less."""
+    options, scores, names = checkpoint["options"], checkpoint["scores"], checkpoint["class_names"]
+    about = checkpoint.get("about", {})  # absent from older checkpoints
+    facts = {
+        "made by": checkpoint.get("published", "main.py"),
+        "model": f"{options['model']}, output stride {options['output_stride']}",
+        "classes": f"{len(names)}: {', '.join(names)}",
+    }
+    if scores:
+        facts |= {
+            "data": f"{options['dataset']} in {options['data_root']}, {options['train_split']}",
+            "training": f"{checkpoint['cur_itrs']:,} iterations of {options['batch_size']} crops of "
+            f"{options['crop_size']} pixels, {options['loss_type']}, learning rate {options['lr']:g}",
+            "scores": f"mIoU {scores['Mean IoU']:.4f}, Overall Acc {scores['Overall Acc']:.4f} "
+            f"on {options['val_split']}",
+        }
+    if about:
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        facts |= {"saved": about["saved"], "device": about["device_name"], "versions": versions}
+        facts |= {"commit": about["git_commit"] or "unknown"}
+    return facts
