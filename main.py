@@ -10,9 +10,9 @@
 The flags are in `utils/options.py` and under --help. Everything that a run leaves is in runs/NAME.
 """
 
-import argparse
 import logging
 import time
+from argparse import Namespace
 
 import torch
 from torch.optim import SGD
@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from datasets.loader import end_workers, eval_loader, open_eval_set, open_train_set, train_loader
 from datasets.stats import count_class_weights
-from utils.card import Card, write_card
 from utils.checkpoint import TrainingState, require_finite
 from utils.cli import friendly_errors
 from utils.distributed import (
@@ -51,7 +50,7 @@ log = logging.getLogger("deeplab")
 
 
 def train(
-    opts: argparse.Namespace, run: Run, checkpoint: dict | None, *, device: torch.device, amp: torch.dtype | None
+    opts: Namespace, run: Run, checkpoint: dict | None, *, device: torch.device, amp: torch.dtype | None
 ) -> dict:
     """Trains from scratch, from weights, or from where a run stopped; returns the scores of the last validation."""
     # Data: whole images to validate on, random crops to train on. And the model, with the weights to start from.
@@ -121,9 +120,8 @@ def train(
                     if is_best:  # saved first: a kill between the two must not lose the best model
                         run.save("best.pth", state, opts=opts, dataset=val_set)
                     run.save("latest.pth", state, opts=opts, dataset=val_set)
-                    ids = val_set.ids[: opts.vis_num_samples] if opts.enable_vis else []
-                    strips = prediction_strips(model, val_set, len(ids), amp)
-                    vis.validation(rows[-1], val_set.class_names, state.scores["Class IoU"], strips, ids)
+                    strips = prediction_strips(model, val_set, opts.vis_num_samples if opts.enable_vis else 0, amp)
+                    vis.validation(rows[-1], val_set.class_names, state.scores["Class IoU"], strips)
                 clock = time.perf_counter()
 
             # Leave at the end, or after a stop signal to any process.
@@ -135,14 +133,12 @@ def train(
             seed_step(opts.random_seed, state.itr)
             optimizer.zero_grad(set_to_none=True)
             loss = forward_backward(net, criterion, images, targets, scaler=scaler, amp=amp, parts=opts.grad_accum)
-            state.lr = scheduler.get_last_lr()[-1]
             scaler.step(optimizer)
             scaler.update()
+            state.add_step(loss, lr=scheduler.get_last_lr()[-1])
             scheduler.step()
-            state.itr += 1
 
             # Log the mean loss since the last line.
-            state.losses.add(loss)
             since_log.add(loss)
             bar.update()
             if state.itr % opts.print_interval == 0 or state.itr == opts.total_itrs:
@@ -165,6 +161,7 @@ def train(
     except RuntimeError as error:
         raise or_memory_advice(error, opts, state.itr + 1, amp=amp, processes=world_size()) from None
     finally:
+        bar.close()
         vis.close()
         end_workers(loader, val_loader)
         stop.close()  # last: torchrun sends SIGTERM to the processes that another one has left behind
@@ -172,10 +169,10 @@ def train(
     return state.scores
 
 
-def test(
-    opts: argparse.Namespace, run: Run, checkpoint: dict, *, device: torch.device, amp: torch.dtype | None
-) -> dict:
+def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, amp: torch.dtype | None) -> dict:
     """Evaluates a checkpoint on `--val_split`; leaves scores and card in `test_<split>`; returns the scores."""
+    from utils.card import Card, write_card  # training has no card
+
     with local_main_first():
         test_set = open_eval_set(opts, checkpoint, run.folder.parent / "splits")
         model = initial_model(opts, checkpoint, test_set.class_names, device)
@@ -185,7 +182,6 @@ def test(
     if is_main():
         run.start(opts, device, {opts.val_split: test_set})
     log.info("validation...")
-
     writer = PredictionWriter(run.folder / "results", test_set) if opts.save_val_results else None
     card = Card(test_set.ids, test_set.num_classes, device, also=writer)
     try:

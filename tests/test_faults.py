@@ -20,7 +20,7 @@ import main
 from datasets import build_dataset
 from tests.conftest import ROOT, TINY, before, write_voc_layout
 from tests.test_checkpoint import Malicious, complete
-from tests.test_resume import history, same
+from tests.test_resume import assert_same_run
 from utils import loss
 from utils.checkpoint import load_newest, save_checkpoint
 from utils.errors import InputError, SampleError
@@ -89,15 +89,6 @@ def assert_whole(run, itr):
     assert not list(run.glob("*.tmp"))
     lines = (run / "history.csv").read_text().splitlines(keepends=True)
     assert all(line.endswith("\n") and line.count(",") == lines[0].count(",") for line in lines)
-
-
-def assert_same_run(first, second):
-    assert history(first) == history(second)
-    one, two = load_checkpoint(first / "latest.pth"), load_checkpoint(second / "latest.pth")
-    for key in one.keys() - {"options", "about"}:  # they hold the name of the run, and when it was saved
-        assert same(one[key], two[key]), key
-    one, two = load_checkpoint(first / "best.pth"), load_checkpoint(second / "best.pth")
-    assert same(one["model_state"], two["model_state"]) and one["cur_itrs"] == two["cur_itrs"]
 
 
 # --- the checkpoint before the latest one ---

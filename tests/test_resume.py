@@ -10,20 +10,42 @@ import torch
 
 import main
 from datasets.transforms import TrainTransform
-from tests.conftest import ROOT, TINY, before
+from tests.conftest import ROOT, TINY, before, write_voc_layout
 from utils import signals
 from utils.signals import StopSignals
 from utils.weights.load import load_checkpoint
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of four training and three validation images."""
+    splits = {"train": ["a1", "a2", "a3", "a4"], "val": ["b1", "b2", "b3"]}
+    return write_voc_layout(tmp_path_factory.mktemp("own"), splits, class_names=["sky", "road", "tree", "car"])
+
+
+def train(data, run, *arguments):
+    flags = ["--dataset", "folder", "--data_root", data, "--run_dir", run.parent, "--run_name", run.name]
+    return main.main([*map(str, flags), *TINY, *map(str, arguments)])
+
+
 @pytest.fixture
-def start(folder, tmp_path, capsys):
+def start(data, tmp_path, capsys):
     def run(name, *arguments):
-        data = ["--dataset", "folder", "--data_root", str(folder), "--run_dir", str(tmp_path), "--run_name", name]
-        scores = main.main([*data, *TINY, *map(str, arguments)])
-        return scores, capsys.readouterr().out
+        return train(data, tmp_path / name, *arguments), capsys.readouterr().out
 
     return run
+
+
+def seven_iterations(policy):
+    return ["--total_itrs", 7, "--val_interval", 3, "--lr_policy", policy, "--step_size", 2]
+
+
+@pytest.fixture(scope="module")
+def wholes(data, tmp_path_factory):
+    """By policy, the folder and the scores of a run of seven iterations that was never stopped, without workers."""
+    torch.set_num_threads(1)
+    runs = {policy: tmp_path_factory.mktemp("whole") / policy for policy in ("step", "poly")}
+    return {policy: (run, train(data, run, *seven_iterations(policy))) for policy, run in runs.items()}
 
 
 def history(path):
@@ -50,21 +72,10 @@ def same(first, second):
 
 @pytest.mark.parametrize("policy", ["step", "poly"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_run_that_stopped_at_a_validation_goes_on_bit_for_bit(start, tmp_path, monkeypatch, capsys, policy, workers):
-    flags = [
-        "--total_itrs",
-        7,
-        "--val_interval",
-        3,
-        "--lr_policy",
-        policy,
-        "--step_size",
-        2,
-        "--num_workers",
-        workers,
-    ]
-    scores, _ = start("whole", *flags)
-
+def test_run_that_stopped_at_a_validation_goes_on_bit_for_bit(
+    start, wholes, tmp_path, monkeypatch, capsys, policy, workers
+):
+    (whole, scores), flags = wholes[policy], [*seven_iterations(policy), "--num_workers", workers]
     with monkeypatch.context() as patch:
         before(patch, "forward_backward", 5, killed)  # past the validation at 3
         with pytest.raises(Killed):
@@ -74,11 +85,16 @@ def test_run_that_stopped_at_a_validation_goes_on_bit_for_bit(start, tmp_path, m
     assert f"Training state restored from {tmp_path / 'halves/latest.pth'}" in out
     assert "Itrs 4/7" in out and "Itrs 3/7" not in out
     assert same(again, scores)
-    assert history(tmp_path / "halves") == history(tmp_path / "whole")
-    for name in ("latest.pth", "best.pth"):
-        whole, halves = (torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "halves"))
-        for key in ("model_state", "optimizer_state", "cur_itrs", "best_score", "best_itr", "scores"):
-            assert same(whole[key], halves[key]), key
+    assert_same_run(tmp_path / "halves", whole)
+
+
+def assert_same_run(first, second):
+    assert history(first) == history(second)
+    one, two = load_checkpoint(first / "latest.pth"), load_checkpoint(second / "latest.pth")
+    for key in one.keys() - {"options", "about"}:  # they hold the name of the run, and when it was saved
+        assert same(one[key], two[key]), key
+    one, two = load_checkpoint(first / "best.pth"), load_checkpoint(second / "best.pth")
+    assert same(one["model_state"], two["model_state"]) and one["cur_itrs"] == two["cur_itrs"]
 
 
 def signal_at(monkeypatch, name, call, number):
@@ -99,10 +115,9 @@ def signal_at(monkeypatch, name, call, number):
     ],
 )
 def test_a_signal_anywhere_saves_and_the_run_goes_on_bit_for_bit(
-    start, tmp_path, monkeypatch, capsys, name, call, number, policy, workers
+    start, wholes, tmp_path, monkeypatch, capsys, name, call, number, policy, workers
 ):
-    flags = f"--total_itrs 7 --val_interval 3 --lr_policy {policy} --step_size 2 --num_workers {workers}".split()
-    scores, _ = start("whole", *flags)
+    (whole, scores), flags = wholes[policy], [*seven_iterations(policy), "--num_workers", workers]
     with monkeypatch.context() as patch:
         signal_at(patch, name, call, number)
         with pytest.raises(SystemExit) as stop:
@@ -112,11 +127,8 @@ def test_a_signal_anywhere_saves_and_the_run_goes_on_bit_for_bit(
     assert f"{signal.Signals(number).name}: saving" in out and "Add --continue_training to resume." in out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     again, out = start("halves", *flags, "--continue_training")
-    assert same(again, scores) and history(tmp_path / "halves") == history(tmp_path / "whole")
-    for file in ("latest.pth", "best.pth"):
-        whole, halves = (torch.load(tmp_path / run / file, weights_only=True) for run in ("whole", "halves"))
-        for key in ("model_state", "optimizer_state", "cur_itrs", "best_score", "best_itr", "scores", "progress"):
-            assert same(whole[key], halves[key]), key
+    assert same(again, scores)
+    assert_same_run(tmp_path / "halves", whole)
 
 
 def test_a_signal_before_the_first_iteration_saves_iteration_0(start, tmp_path, monkeypatch, capsys):

@@ -45,6 +45,11 @@ class TrainingState:
         """The epoch of the last iteration, counted from 1."""
         return max(0, self.itr - 1) // self.itrs_per_epoch + 1
 
+    def add_step(self, loss: torch.Tensor, *, lr: float) -> None:
+        """Notes an iteration that is done, its loss and the head's learning rate that it used."""
+        self.itr, self.lr = self.itr + 1, lr
+        self.losses.add(loss)
+
     def add_validation(self, scores: dict) -> bool:
         """Notes the scores of the model as it is; returns whether its mIoU is the best so far."""
         self.validated_itr, self.scores, self.loss = self.itr, scores, self.losses.pop()

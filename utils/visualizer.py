@@ -74,13 +74,12 @@ class Visualizer:
         row: dict[str, float],
         class_names: Sequence[str],
         class_iou: Sequence[float],
-        strips: Sequence[ArrayLike],
-        captions: Sequence[str],
+        strips: dict[str, ArrayLike],
     ) -> None:
-        """Adds a row of the history, the IoU of each class and strips of image, ground truth and prediction."""
+        """Adds a row of the history, the IoU of each class, and strips of image | ground truth | prediction by id."""
         self._rows([row])
         self.table("class IoU", zip(class_names, class_iou, strict=True), header=("class", "IoU"))
-        self.images("sample", strips, captions)
+        self.images("sample", list(strips.values()), list(strips))
 
     def _rows(self, rows: Sequence[dict[str, float]]) -> None:
         from utils.metrics import SCORE_COLUMNS  # imported late: a dashboard by itself does not need torch

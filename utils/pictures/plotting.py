@@ -217,15 +217,15 @@ def overlay(image: torch.Tensor, prediction: torch.Tensor, palette: np.ndarray) 
 
 def prediction_strips(
     model: DeepLab, dataset: SegmentationDataset, num: int, amp: torch.dtype | None = None
-) -> list[torch.Tensor]:
-    """Returns image | ground truth | prediction of the first `num` samples, each RGB uint8 `[3, H, 3 W]`."""
-    strips = []
+) -> dict[str, torch.Tensor]:
+    """Returns image | ground truth | prediction of the first `num` samples by id, each RGB uint8 `[3, H, 3 W]`."""
+    strips = {}
     for index in range(min(num, len(dataset))):
         image, mask = dataset[index]
         with evaluating(model):
             prediction = predict(model, image[None].to(model.device), amp)[0].cpu()  # [H, W]
         colours = [torch.from_numpy(dataset.decode_target(ids)).permute(2, 0, 1) for ids in (mask, prediction)]
-        strips.append(torch.cat([image, *colours], dim=2))
+        strips[dataset.ids[index]] = torch.cat([image, *colours], dim=2)
     return strips
 
 
