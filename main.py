@@ -7,7 +7,7 @@
     python main.py --test_only --ckpt runs/NAME/best.pth     # evaluate a checkpoint
     torchrun --nproc_per_node 4 main.py --batch_size 16      # four GPUs, 16 images per step in all
 
-The flags are in `utils/options.py` and under --help. Everything that a run leaves is in runs/NAME.
+The flags are in `utils/options.py` and under --help. A run writes everything to runs/NAME.
 """
 
 import logging
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from datasets.loader import end_workers, eval_loader, open_eval_set, open_train_set, train_loader
 from datasets.stats import count_class_weights
 from utils.checkpoint import TrainingState, require_finite
-from utils.cli import friendly_errors
+from utils.cli import friendly_errors, is_out_of_memory
 from utils.distributed import (
     from_main,
     is_main,
@@ -38,7 +38,7 @@ from utils.environment import device_name
 from utils.errors import InputError, SampleError
 from utils.loss import build_loss
 from utils.metrics import RunningMean, scores
-from utils.options import check_options, get_parser, notes_on_batches, or_memory_advice, require_labels
+from utils.options import check_options, get_parser, memory_advice, notes_on_batches, require_labels
 from utils.pictures.plotting import draw_curves, prediction_strips
 from utils.pictures.predict import PredictionWriter
 from utils.run import Run, finished_scores, open_run
@@ -54,7 +54,8 @@ def train(
 ) -> dict:
     """Trains from scratch, from weights, or from where a run stopped; returns the scores of the last validation."""
     # Data: whole images to validate on, random crops to train on. And the model, with the weights to start from.
-    with local_main_first():  # the others find what it has downloaded or generated
+    # One process per machine goes first: the others find what it has downloaded or generated.
+    with local_main_first():
         val_set = open_eval_set(opts, checkpoint, run.folder / "splits")
         train_set = open_train_set(opts, checkpoint, run.folder / "splits")
         model = initial_model(opts, checkpoint, val_set.class_names, device)
@@ -97,9 +98,9 @@ def train(
     vis = build_visualizer(opts.enable_vis and is_main(), port=opts.vis_port, env=opts.vis_env)
     vis.start(vars(opts), run.history())
     writer = PredictionWriter(run.folder / "results", val_set) if opts.save_val_results else None
-    hidden = None if is_main() else True  # None: only without a terminal
+    hidden = None if is_main() else True  # None: hidden only where there is no terminal
     bar = tqdm(total=opts.total_itrs, initial=state.itr, desc="training", dynamic_ncols=True, disable=hidden)
-    since_log, clock, stop = RunningMean(), time.perf_counter(), StopSignals()
+    since_log, stop = RunningMean(), StopSignals()
     try:
         batches = iter(loader)
         model.train()
@@ -107,7 +108,8 @@ def train(
             # Validate every epoch and at the end; a run whose validation was interrupted resumes with it.
             done = state.itr >= opts.total_itrs
             if (done or state.itr % val_interval == 0) and state.itr > state.validated_itr:
-                require_finite(state.losses, state.itr, loader)  # waits for the device: only then read the clock
+                # This waits for the device, so the clock is read only afterwards.
+                require_finite(state.losses, state.itr, loader)
                 trained = time.perf_counter()
                 log.info(f"validation after iteration {state.itr}...")
                 matrix = evaluate(model, val_loader, amp=amp, on_batch=writer, stop=stop)
@@ -115,14 +117,15 @@ def train(
                     break
                 is_best = state.add_validation(scores(require_labels(matrix, opts)))
                 if is_main():
-                    rows = run.add_validation(state, matrix, val_set.class_names, began=clock, trained=trained)
+                    rows = run.add_validation(state, matrix, val_set.class_names, trained=trained)
                     draw_curves({run.folder.name: rows}, run.folder / "curves.png")
-                    if is_best:  # saved first: a kill between the two must not lose the best model
+                    # The best model is saved first: a kill between the two saves must not lose it.
+                    if is_best:
                         run.save("best.pth", state, opts=opts, dataset=val_set)
                     run.save("latest.pth", state, opts=opts, dataset=val_set)
                     strips = prediction_strips(model, val_set, opts.vis_num_samples if opts.enable_vis else 0, amp)
                     vis.validation(rows[-1], val_set.class_names, state.scores["Class IoU"], strips)
-                clock = time.perf_counter()
+                state.clock = time.perf_counter()
 
             # Leave at the end, or after a stop signal to any process.
             if done or stop.requested():
@@ -154,23 +157,27 @@ def train(
                 run.save("latest.pth", state, opts=opts, dataset=val_set)
             log.info(f"The run was interrupted at iteration {state.itr}. Add --continue_training to resume.")
             raise SystemExit(128 + stop.received)
-    except SampleError as error:  # only this process knows of it, so only the main one can save by itself
+    except SampleError:
+        # Only this process knows of the error, so only the main process can save without the others.
         if is_main() and state.itr:
             run.save("latest.pth", state, opts=opts, dataset=val_set)
-        raise InputError(f"{error}; or add --skip_bad to leave such samples out") from None
+        raise
     except RuntimeError as error:
-        raise or_memory_advice(error, opts, state.itr + 1, amp=amp, processes=world_size()) from None
+        if is_out_of_memory(error):
+            raise InputError(memory_advice(opts, state.itr + 1, amp=amp, processes=world_size())) from None
+        raise
     finally:
         bar.close()
         vis.close()
         end_workers(loader, val_loader)
-        stop.close()  # last: torchrun sends SIGTERM to the processes that another one has left behind
+        # Last, because torchrun sends SIGTERM to the processes that another one has left behind.
+        stop.close()
     log.info(state.summary())
     return state.scores
 
 
 def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, amp: torch.dtype | None) -> dict:
-    """Evaluates a checkpoint on `--val_split`; leaves scores and card in `test_<split>`; returns the scores."""
+    """Evaluates a checkpoint on `--val_split`, writes scores and card to `test_<split>` and returns the scores."""
     from utils.card import Card, write_card  # training has no card
 
     with local_main_first():
@@ -190,8 +197,8 @@ def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, a
         end_workers(loader)
     result, figures = scores(require_labels(matrix, opts)), card.gather().compute()
     if is_main():
-        run.write_scores(result, matrix, test_set.class_names, figures["class_boundary_iou"])
-        write_card(run.folder, figures, result, opts, test_set.class_names)
+        run.write_scores(result, matrix, test_set.class_names, boundary_iou=figures["class_boundary_iou"])
+        write_card(run.folder, figures, result, opts=opts, class_names=test_set.class_names)
         log.info(f"Scores saved in {run.folder}")
     return result
 
@@ -215,7 +222,10 @@ def main(argv: list[str] | None = None) -> dict:
                 log.info(note)
             if finished := finished_scores(opts, checkpoint):
                 return finished
-            return (test if opts.test_only else train)(opts, run, checkpoint, device=device, amp=amp)
+            try:
+                return (test if opts.test_only else train)(opts, run, checkpoint, device=device, amp=amp)
+            except SampleError as error:
+                raise InputError(f"{error}; or add --skip_bad to leave such samples out") from None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python visualize.py check   --dataset folder --data_root my_data        # the da
 python visualize.py compare --ckpt runs/A/best.pth runs/B/best.pth      # RGB | ground truth | A | B
 python visualize.py curves  runs/A runs/B                               # mIoU, loss and learning rate
 python visualize.py predict --ckpt runs/A/best.pth --input photos       # masks and overlays of your own images
-python visualize.py sam     --ckpt runs/A/best.pth                      # Segment Anything's masks refine A's classes
+python visualize.py sam     --ckpt runs/A/best.pth                      # Segment Anything refines A's outlines
 python visualize.py report  runs/A runs/B                               # everything in one HTML file
 """
 
@@ -33,7 +33,7 @@ NUM_SAMPLES = 20  # images of `samples`; `compare` shows the first of them
 
 def get_parser() -> ArgumentParser:
     """Defines the commands and their flags."""
-    parser = Parser(prog="visualize.py", description="Draws data sets and trained models.")
+    parser = Parser(prog="visualize.py", description="Draw data sets and trained models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(function: Callable, name: str, text: str) -> ArgumentParser:
@@ -152,7 +152,7 @@ def samples(opts: Namespace) -> None:
 
 
 def stats(opts: Namespace) -> None:
-    """Counts pixels and images per class: printed, as CSV and as bars."""
+    """Counts pixels and images per class; prints them, writes a CSV file and draws bars."""
     dataset = open_data(opts)
     statistics = class_statistics(dataset)
     print("\n".join(format_statistics(statistics)))
@@ -166,11 +166,12 @@ def check(opts: Namespace) -> None:
     """Runs the data set doctor. Raises InputError if training would fail."""
     from datasets.prepare.check import check_dataset, format_findings
 
-    findings, pairs = check_dataset(opts.dataset, opts.data_root, opts.split, year=opts.year)
-    print("\n".join(format_findings(findings, pairs)))
+    findings, checked = check_dataset(opts.dataset, opts.data_root, opts.split, year=opts.year)
+    print("\n".join(format_findings(findings, checked)))
     if fatal := [finding for finding in findings if finding.fatal]:
         first = f"{fatal[0].path}: {fatal[0].problem}"
-        raise InputError(f"training would fail: {len(fatal)} findings; fix them, starting with {first}")
+        problem = f"training would fail (fatal findings: {len(fatal):,})"
+        raise InputError(f"{checked['folder']}: {problem}; fix them, starting with {first}")
 
 
 def compare(opts: Namespace) -> None:
@@ -206,7 +207,7 @@ def compare(opts: Namespace) -> None:
 
 
 def names_of(ckpts: list[Path]) -> list[str]:
-    """Names checkpoints after their run, with the file unless it is best.pth; by their path if two are the same."""
+    """Names checkpoints after their run, with the file name unless it is best.pth; equal names become paths."""
     runs = [ckpt.resolve().parent.name for ckpt in ckpts]
     names = [run if c.name == "best.pth" else f"{run}/{c.stem}" for run, c in zip(runs, ckpts, strict=True)]
     return [name if names.count(name) == 1 else str(ckpt) for name, ckpt in zip(names, ckpts, strict=True)]
@@ -271,7 +272,7 @@ def sam(opts: Namespace) -> None:
 
 
 def report(opts: Namespace) -> None:
-    """Writes one HTML file on runs."""
+    """Writes one HTML file that describes runs."""
     from utils.pictures.report import write_report
 
     runs, device = [Path(run) for run in opts.runs], choose_device(opts.device)

@@ -65,14 +65,15 @@ def _opened(path: Path, kind: str, *, otherwise: str) -> Iterator[Image.Image]:
 def read_image(path: Path, prepare: Callable[[Image.Image], Image.Image] | None = None) -> torch.Tensor:
     """Reads an image as uint8 RGB `[3, H, W]`, after `prepare` if given.
 
-    Grey values of more than 8 bits are scaled by their bit depth. Floats and 32-bit integers have no fixed scale:
-    theirs is the smallest of 1 (floats), 255 (floats), 65535 and 2^31 - 1 (integers) that no value exceeds.
+    Grey values of more than 8 bits are scaled by their bit depth. Floats and 32-bit integers have no fixed scale, so
+    theirs is the smallest that no value exceeds: 1, 255 or 65535 for floats, 65535 or 2^31 - 1 for integers.
     Raises InputError, naming the file, if it cannot be read or has grey values below 0 or above full scale.
     """
     with _opened(path, "an image", otherwise="leave it out") as image:
         image = prepare(image) if prepare else image
         mode = image.mode[0]  # I;16 and its byte orders count as I
-        as_is = mode in FULL_SCALE or image.mode == "RGB"  # convert would copy
+        # RGB stays as it is, because convert would copy it.
+        as_is = mode in FULL_SCALE or image.mode == "RGB"
         pixels = np.array(image if as_is else image.convert("RGB"))  # [H, W] or [H, W, 3]
     if mode in FULL_SCALE:
         pixels = np.repeat(_to_8_bits(pixels, FULL_SCALE[mode], path)[..., None], 3, axis=2)  # [H, W, 3]
@@ -97,7 +98,8 @@ def read_mask(path: Path, num_classes: int) -> torch.Tensor:
         mask = np.array(image)  # [H, W] in the modes that pass the check below
     if mode not in ("P", "L", "1", "I;16", "I"):
         raise InputError(f"{path}: has mode {mode}, but a mask holds class ids; save it as a palette or grey PNG")
-    stray = mask[((mask >= num_classes) & (mask != VOID)) | (mask < 0)]  # TIFF allows negative values
+    # TIFF allows negative values.
+    stray = mask[((mask >= num_classes) & (mask != VOID)) | (mask < 0)]
     if stray.size:
         raise InputError(
             f"{path}: value {int(stray[0])} is neither a class (0..{num_classes - 1}) nor void ({VOID}); "
@@ -162,6 +164,7 @@ def _read_lines(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error}); save it as UTF-8") from None
-    if "\0" in text:  # English text in UTF-16 has one in every other byte
+    # English text in UTF-16 has one in every other byte.
+    if "\0" in text:
         raise InputError(f"{path}: contains NUL characters; save it as UTF-8")
     return [line.strip() for line in text.splitlines() if line.strip()]

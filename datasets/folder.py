@@ -1,4 +1,4 @@
-"""Your own data: a folder in VOC layout, with or without split lists."""
+"""Opens your own data: a folder in VOC layout, with or without split lists."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +54,8 @@ class FolderSegmentation(SegmentationDataset):
 
 def _divide(masks: Path, image_set: str, seed: int) -> list[str]:
     if image_set not in ("train", "val"):
-        raise InputError(f"split {image_set!r}: without ImageSets/Segmentation/*.txt there are only train and val")
+        lists = masks.parent / "ImageSets" / "Segmentation"
+        raise InputError(f"{lists}: has no list {image_set!r}; without lists there are only train and val")
     ids = sorted(path.stem for path in masks.glob("*.png"))
     if len(ids) < 2:
         raise InputError(f"{masks}: has {len(ids)} masks; at least 2 are needed for train and val")
@@ -71,7 +72,8 @@ def _palette_of(mask: Path, num_classes: int) -> np.ndarray:
         with Image.open(mask) as image:
             own = image.getpalette("RGB") if image.mode == "P" else None
     except UNREADABLE:
-        return palette  # the problem is reported when the mask itself is read
+        # The problem is reported when the mask itself is read.
+        return palette
     if not own:
         return palette
     own = np.array(own, np.uint8).reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""Opens a split as the command line's flags ask for it, and turns a split into batches."""
+"""Opens the splits that the command line names, and turns them into batches."""
 
 import argparse
 import atexit
@@ -27,24 +27,23 @@ log = logging.getLogger("deeplab")
 
 def open_train_set(opts: argparse.Namespace, checkpoint: dict | None, lists: Path) -> SegmentationDataset:
     """Opens `--train_split` for training: random crops. For the arguments see `open_split`."""
-    return open_split(
-        opts, opts.train_split, train_transform(opts.crop_size, seed=opts.random_seed), checkpoint, lists
-    )
+    transform = train_transform(opts.crop_size, seed=opts.random_seed)
+    return open_split(opts, opts.train_split, transform, checkpoint=checkpoint, lists=lists)
 
 
 def open_eval_set(opts: argparse.Namespace, checkpoint: dict | None, lists: Path) -> SegmentationDataset:
     """Opens `--val_split` for evaluation: whole images, or centre crops with `--crop_val`."""
     transform = crop_val_transform(opts.crop_size) if opts.crop_val else eval_transform()
-    return open_split(opts, opts.val_split, transform, checkpoint, lists)
+    return open_split(opts, opts.val_split, transform, checkpoint=checkpoint, lists=lists)
 
 
 def open_split(
-    opts: argparse.Namespace, split: str, transform: Callable, checkpoint: dict | None, lists: Path
+    opts: argparse.Namespace, split: str, transform: Callable, *, checkpoint: dict | None, lists: Path
 ) -> SegmentationDataset:
     """Opens a split with all its images, or with `--skip_bad` without the samples that cannot be used.
 
-    checkpoint: what a training resumes from or a test evaluates; `lists` is the folder with the split lists that its
-    run has kept, for a data folder without any. Raises InputError for data that cannot be used.
+    checkpoint: the one that training resumes from or a test evaluates. lists: the folder with the split lists that
+    its run has kept, for a data folder that has none. Raises InputError for data that cannot be used.
     """
     continued = checkpoint is not None and (opts.test_only or opts.continue_training)
     try:
@@ -122,7 +121,7 @@ class TrainBatches(Sampler):
     One stream runs through all epochs, so that workers live as long as the training and prefetch across epochs. The
     order of an epoch depends on (seed, epoch) alone. An incomplete last batch is dropped, because batch normalisation
     would give it the weight of a full one. Raises InputError if the set is smaller than a batch.
-    Each process takes the part of every batch that its `rank` among `processes` gives it; `between` yields whole
+    Each of `processes` processes takes an equal part of every batch, chosen by its `rank`. `between` yields whole
     batches.
     """
 
@@ -205,14 +204,16 @@ def make_loader(
         persistent_workers=num_workers > 0,
         worker_init_fn=partial(_leave_signals_to_the_parent, exiting),
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own, so that it does not advance the one that dropout draws from
+        # Its own generator, so that it does not advance the one that dropout draws from.
+        generator=torch.Generator(),
     )
 
 
 def end_workers(*loaders: DataLoader) -> None:
-    """Ends the workers of loaders now. Left to the garbage collector, each may take five seconds to end."""
+    """Ends the workers of loaders now. If the garbage collector ends them, each may take five seconds."""
     for loader in loaders:
-        if loader._iterator is not None:  # torch has no public way
+        # torch has no public way.
+        if loader._iterator is not None:
             loader._iterator._shutdown_workers()
 
 
@@ -228,6 +229,6 @@ def _leave_signals_to_the_parent(exiting: Event, _: int) -> None:
 
 
 def collate(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-    """Stacks samples of one size. Pixels stay channels last: converting to planes costs as much as all the rest."""
+    """Stacks samples of one size. Pixels stay channels last: converting to planes would double the time."""
     images, masks = default_collate([(image.permute(1, 2, 0), mask) for image, mask in samples])
     return [images.permute(0, 3, 1, 2), masks]  # [B, 3, h, w] and [B, h, w]

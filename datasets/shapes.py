@@ -68,7 +68,7 @@ DIRECTIONS = {"level": 0, "upright": np.pi / 2, "slanted": np.pi / 4}
 
 
 def _appearance(class_id: int) -> list[str]:
-    """The names of the direction, texture and outline of class 1, 2, ..."""
+    """Returns the names of the direction, texture and outline of class 1, 2, ..."""
     return [list(table)[(class_id - 1) % len(table)] for table in (DIRECTIONS, TEXTURES, OUTLINES)]
 
 
@@ -112,7 +112,8 @@ def draw(index: int, *, num_classes: int, size: int, seed: int) -> tuple[Image.I
         stencil = Image.new("1", (width, height))
         ImageDraw.Draw(stencil).polygon(corners, fill=1)
         inside = np.asarray(stencil)  # [H, W]
-        if class_id == 0:  # an outline filled with blotches is background
+        if class_id == 0:
+            # An outline filled with blotches is background.
             pattern, hue = _blotches(rng, shape, rng.integers(8, 24))[inside] > 0.5, rng.random()
         else:
             angle, period = DIRECTIONS[direction] + rng.normal(0, 0.12), size * rng.uniform(0.07, 0.11)
@@ -144,7 +145,8 @@ def generate(
     all, even if several processes start together. Raises InputError for arguments out of range, for a folder that
     holds anything else, and for a folder that cannot be written.
     """
-    fewest = VAL_EVERY * (num_classes - 2) + 2  # so that val has an image for every kind of object
+    # So that val has an image for every kind of object.
+    fewest = VAL_EVERY * (num_classes - 2) + 2
     if not 2 <= num_classes <= MAX_CLASSES:
         raise InputError(f"--classes {num_classes}: give 2 to {MAX_CLASSES}, including background")
     if num_images < fewest:
@@ -155,7 +157,8 @@ def generate(
         raise InputError(f"--seed {seed}: give 0 or more")
     folder = Path(folder)
     arguments = {"num_classes": num_classes, "size": size, "seed": seed, "num_images": num_images, "recipe": RECIPE}
-    target = folder.resolve()  # has a name and a parent even if the folder is "." or a link
+    # Resolved, it has a name and a parent even if it is "." or a link.
+    target = folder.resolve()
     try:
         if _is_complete(target, arguments):
             return folder
@@ -168,7 +171,8 @@ def generate(
             try:
                 draft.rename(target)
             except OSError:
-                if not _is_complete(target, arguments):  # otherwise another process has written the same bytes
+                # If it is complete, another process has written the same bytes.
+                if not _is_complete(target, arguments):
                     raise
     except OSError as error:
         raise cannot_write(folder, error) from None

@@ -13,8 +13,8 @@ from utils.errors import InputError
 
 CLASS_WEIGHTS = ("inverse", "median_frequency", "effective_number")
 BETA = 0.999  # (N - 1) / N for N = 1,000 distinct images; one of the values compared by Cui et al. 2019, section 5
+VISIBLE = 0.01  # share of an image's pixels; a smaller speck goes unnoticed in a grid of images
 log = logging.getLogger("deeplab")
-VISIBLE = 0.01  # of an image's pixels; a smaller speck goes unnoticed in a grid of images
 
 
 @dataclass
@@ -48,7 +48,7 @@ class ClassStatistics:
 
     @property
     def void_share(self) -> float:
-        """Share of void in all pixels."""
+        """Void's share of all pixels."""
         return float(self.void.sum() / max(1, self.void.sum() + self.counts.sum()))
 
     @property
@@ -82,7 +82,7 @@ def class_weights(
     "median_frequency": 1 / f with f = pixels / image_pixels (Eigen and Fergus 2015, arXiv 1411.4734, section 6.3.2;
     the scale replaces their factor, the median of f). Independent of how many images show a class.
     "effective_number": 1 / (1 - beta^images) (Cui et al. 2019, arXiv 1901.05555, equation 2 and section 4; the scale
-    replaces 1 - beta). Their n counts samples that overlap only by chance, so images, not neighbouring pixels: with
+    replaces 1 - beta). Their n counts samples that overlap only by chance. So it counts images here, not pixels: with
     pixels, beta 0.9999 saturates for every class, and (N - 1) / N for N pixels in total is nearly "inverse". Two
     weights differ by a factor of at most 1 / (1 - beta). Classes shown by thousands of images, or by all images, have
     equal weights.
@@ -122,7 +122,7 @@ def count_class_weights(dataset: SegmentationDataset, method: str, device: torch
 def choose_samples(statistics: ClassStatistics, num: int, seed: int, *, must_cover: bool = True) -> list[int]:
     """Chooses `num` images that together show every class of the split, and returns their indices.
 
-    Each step looks at the classes shown least so far, and among the images of the rarest of them takes the one with
+    Each step looks at the classes shown least so far. Among the images of the rarest of them it takes the one with
     the most of these classes; `seed` breaks ties. So the first images are a small set that covers every class
     (greedy: not proven smallest), and further images spread over the classes.
     An image counts for a class that fills 1% of it, void included. A class that never fills 1% counts where it fills
@@ -130,7 +130,8 @@ def choose_samples(statistics: ClassStatistics, num: int, seed: int, *, must_cov
     Raises InputError if the split has fewer than `num` images, or if this choice needs more than `num` to cover the
     classes. Without `must_cover` it returns fewer images or covers fewer classes instead.
     """
-    _, distinct = np.unique(statistics.ids, return_index=True)  # an id may be listed twice
+    # An id may be listed twice.
+    _, distinct = np.unique(statistics.ids, return_index=True)
     if not must_cover:
         num = min(num, len(distinct))
     if num > len(distinct):

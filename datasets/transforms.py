@@ -1,4 +1,4 @@
-"""Joint transforms of an image and its mask: random scale, crop and flip for training, none for evaluation.
+"""Transforms an image and its mask together: random scale, crop and flip for training, none for evaluation.
 
 A centre crop for validation is there only to compare with codebases that score one.
 A sample's augmentation depends on (seed, epoch, index) alone, not on the number of workers or processes. The classes
@@ -87,16 +87,16 @@ def train_transform(
 
 
 def eval_transform() -> Callable:
-    """Returns the transform of validation and test: none. Scores are computed on whole images at native size."""
+    """Returns the transform of validation and test, which changes nothing: whole images at native size are scored."""
     return _unchanged
 
 
 def crop_val_transform(crop_size: int) -> Callable:
-    """Builds the transform of `--crop_val`; `crop_size` in pixels. Raises InputError for an impossible crop.
+    """Builds the transform for `--crop_val`; `crop_size` in pixels. Raises InputError for an impossible crop.
 
     The shorter side is resized to `crop_size` and the middle `crop_size` x `crop_size` is cut out, as `--crop_val` of
     VainF/DeepLabV3Plus-Pytorch does. Scores on such crops compare with each other but not with scores on whole
-    images: objects have other sizes, and everything outside the crop goes unscored.
+    images: objects have other sizes, and nothing outside the crop is scored.
     """
     _require_crop_size(crop_size)
     return partial(_centre_crop, crop_size)

@@ -1,4 +1,4 @@
-"""Semantic segmentation data in PASCAL VOC layout.
+"""Reads semantic segmentation data in PASCAL VOC layout.
 
     JPEGImages/<id>.jpg   SegmentationClass/<id>.png   ImageSets/Segmentation/<split>.txt
 
@@ -47,7 +47,7 @@ def voc_colormap() -> np.ndarray:
 
 
 def decode_target(target: np.ndarray | torch.Tensor | int, palette: np.ndarray) -> np.ndarray:
-    """Returns the colours of class ids: integers in 0..255 of any shape `[...]` to a new uint8 RGB array `[..., 3]`.
+    """Maps class ids, integers in 0..255 of any shape `[...]`, to their colours, a new uint8 RGB array `[..., 3]`.
 
     Raises TypeError for ids that are not integers, ValueError for ids outside 0..255.
     """
@@ -62,8 +62,8 @@ def decode_target(target: np.ndarray | torch.Tensor | int, palette: np.ndarray) 
 class SegmentationDataset(torch.utils.data.Dataset):
     """The images and masks of one split of a folder in VOC layout.
 
-    `dataset[i]` and `dataset[epoch, i]` give `transform(image, mask, epoch=epoch, index=i)`, where `image` is a
-    `tv_tensors.Image` uint8 RGB `[3, H, W]` and `mask` a `tv_tensors.Mask` uint8 class ids `[H, W]`, void 255.
+    `dataset[i]` and `dataset[epoch, i]` give `transform(image, mask, epoch=epoch, index=i)`. The image is a
+    `tv_tensors.Image`, uint8 RGB `[3, H, W]`, the mask a `tv_tensors.Mask`, uint8 class ids `[H, W]`, void 255.
     The epoch, 0 by default, varies the augmentation.
 
     Attributes: `class_names`, `num_classes`, `palette` (`[256, 3]` uint8 RGB), `ids`, `images` and `masks` (paths by
@@ -123,7 +123,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
             except SampleError as error:
                 return str(error)
 
-        with ThreadPoolExecutor() as pool:  # Pillow releases Python's lock while it reads
+        # Threads, because Pillow releases Python's lock while it reads.
+        with ThreadPoolExecutor() as pool:
             problems = pool.map(problem, range(len(self)))
             bar = tqdm(problems, total=len(self), desc="checking", unit="pair", disable=None)
             return {index: text for index, text in enumerate(bar) if text}
@@ -141,7 +142,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return read_image(self.images[index])
 
     def mask(self, index: int) -> torch.Tensor:
-        """Reads a mask without the transform, uint8 class ids `[H, W]`. It does not need the image."""
+        """Reads a mask without the transform, uint8 class ids `[H, W]`. Does not need the image."""
         return read_mask(self.masks[index], self.num_classes)
 
     def require_masks(self) -> None:
@@ -166,7 +167,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return [read_size(path) for path in self.masks]
 
     def decode_target(self, target: np.ndarray | torch.Tensor | int) -> np.ndarray:
-        """Returns class ids `[...]` in the data set's colours, uint8 RGB `[..., 3]`; see `decode_target` above."""
+        """Maps class ids `[...]` to the data set's colours, uint8 RGB `[..., 3]`; see `decode_target` above."""
         return decode_target(target, self.palette)
 
 

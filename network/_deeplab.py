@@ -1,4 +1,4 @@
-"""DeepLabV3 (Chen et al. 2017, arXiv 1706.05587) and DeepLabV3+ (Chen et al. 2018, arXiv 1802.02611).
+"""Defines DeepLabV3 (Chen et al. 2017, arXiv 1706.05587) and DeepLabV3+ (Chen et al. 2018, arXiv 1802.02611).
 
 Both take the backbone's features {"low_level": [B, L, H/4, W/4], "out": [B, F, H/s, W/s]}, s = output stride, and
 differ in their heads only. Parameter names are those of the published PyTorch checkpoints.
@@ -17,7 +17,7 @@ def upsample(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, atrous_rate: int = 1) -> list[nn.Module]:
-    """A convolution that keeps height and width, batch normalisation and ReLU."""
+    """Returns a convolution that keeps height and width, batch normalisation and ReLU."""
     padding = atrous_rate * (kernel_size // 2)
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=atrous_rate, bias=False)
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
@@ -27,7 +27,7 @@ class ASPPPooling(nn.Sequential):
     """Image-level features (1706.05587, section 3.3): the mean over the map, broadcast back to its size.
 
     `[B, F, h, w]` to `[B, out_channels, h, w]`. Training needs a batch of two or more: batch normalisation cannot
-    estimate a deviation from one value.
+    estimate a standard deviation from one value.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -126,7 +126,7 @@ class DeepLab(nn.Module):
         return self.mean.device
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Converts uint8 RGB `[B, 3, H, W]` to float32 with mean 0 and deviation 1, on the same device."""
+        """Converts uint8 RGB `[B, 3, H, W]` to float32 with mean 0 and standard deviation 1, on the same device."""
         return (images.float() - self.mean) / self.std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ class DeepLab(nn.Module):
 
 
 def init_weights(head: nn.Module) -> None:
-    """Initialises convolutions as He et al. 2015 (arXiv 1502.01852); batch norms start as the identity."""
+    """Initialises convolutions as in He et al. 2015 (arXiv 1502.01852); batch norms start as the identity."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)

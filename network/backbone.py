@@ -1,11 +1,11 @@
-"""Torchvision's ImageNet networks as backbones: stride traded for dilation, tapped at two depths."""
+"""Turns torchvision's ImageNet networks into backbones: stride traded for dilation, tapped at two depths."""
 
 from typing import NamedTuple
 
 from torch import nn
 from torchvision import models
 
-# Torchvision's own segmentation models tap their backbones with it; it keeps the published parameter names.
+# Torchvision's segmentation models tap their backbones with it; it keeps the published parameter names.
 from torchvision.models._utils import IntermediateLayerGetter
 
 from utils.errors import InputError
@@ -15,8 +15,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Backbone(NamedTuple):
-    """`features` maps `[B, 3, H, W]` to {"low_level": `[B, low_level_channels, H/4, W/4]`, "out":
-    `[B, out_channels, H/s, W/s]`} with s = output stride; sizes are rounded up."""
+    """A network that is tapped at two depths, and the channels of both taps.
+
+    `features` maps `[B, 3, H, W]` to {"low_level": `[B, low_level_channels, H/4, W/4]`, "out":
+    `[B, out_channels, H/s, W/s]`} with s = output stride; sizes are rounded up.
+    """
 
     features: nn.Module
     low_level_channels: int
@@ -30,8 +33,7 @@ def resnet(name: str, *, output_stride: int) -> Backbone:
 
 
 def mobilenet_v3(name: str, *, output_stride: int) -> Backbone:
-    """Builds a MobileNetV3-Large with its last stage dilated, as in torchvision's DeepLabV3: output stride 16
-    only."""
+    """Builds a MobileNetV3-Large, output stride 16, with its last stage dilated as in torchvision's DeepLabV3."""
     if output_stride != 16:
         raise InputError(f"--output_stride {output_stride}: MobileNetV3 supports 16 only; use 16, or a ResNet")
     network = models.get_model(name, dilated=True)

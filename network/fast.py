@@ -1,4 +1,4 @@
-"""The same network, faster: nobody needs to read this file to understand the model.
+"""Makes the same network faster; nobody needs to read this file to understand the model.
 
 `speed_up(model)` swaps layer classes in place for versions that save work on a CPU. `fold_batchnorm(model)` makes a
 copy for evaluation in which each batch norm is part of the convolution before it. Parameters and their names stay,
@@ -35,10 +35,10 @@ def speed_up(model: Network) -> Network:
 
 
 def fold_batchnorm(model: Network) -> Network:
-    """Copies a model in evaluation mode, channels last and without gradients, with each batch norm folded into the
-    convolution declared right before it (in torchvision's networks and ours, the one that runs before it).
+    """Copies a model for evaluation, with each batch norm folded into the convolution declared right before it.
 
-    The copy computes the same up to rounding. The model itself does not change.
+    In torchvision's networks and ours that convolution also runs right before it. The copy is in evaluation mode,
+    channels last and without gradients, and computes the same up to rounding. The model itself does not change.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for parent in list(model.modules()):
@@ -59,7 +59,7 @@ class FastDeepLab(DeepLab):
 
 
 class FastDeepLabHeadPlus(DeepLabHeadPlus):
-    """The V3+ head, which convolves the ASPP output before it upsamples it where that saves enough products to pay.
+    """The V3+ head, which convolves the ASPP output before upsampling it wherever that is faster.
 
     Median ms, 48 low-level and 256 other channels to 256, on 2 cores with AVX-512 BF16 (AMD EPYC, torch 2.15),
     forward and with the backward pass; the shares are those of the products left, for the upsampled map and in all:
@@ -95,8 +95,10 @@ def pays_before_upsampling(low_level: torch.Tensor, x: torch.Tensor) -> bool:
 def conv_after_upsampling(
     low_level: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """The decoder's first convolution as in the paper: upsample, concatenate, convolve. `[B, L, H, W]` and
-    `[B, C, h, w]` to `[B, O, H, W]`."""
+    """Computes the decoder's first convolution as in the paper: upsample, concatenate, convolve.
+
+    `[B, L, H, W]` and `[B, C, h, w]` to `[B, O, H, W]`.
+    """
     return F.conv2d(torch.cat([low_level, upsample(x, low_level.shape[-2:])], dim=1), weight, bias, padding=1)
 
 
@@ -106,8 +108,8 @@ def conv_before_upsampling(
     """Computes `conv_after_upsampling` up to rounding with fewer products; both maps have the same dtype.
 
     Upsampling mixes pixels and each weight of the kernel mixes channels, so the two can be swapped: all nine weights
-    are applied to x at its own size. Two products with the interpolation weights, one along each side, then bring the
-    nine maps to the size of the low-level features, each to its place, and add them up.
+    are applied to x at its own size. Two products with the interpolation weights follow, one along each side. They
+    enlarge the nine maps to the size of the low-level features, shift each to its place and add them up.
     """
     (batch, channels, height, width), (rows, columns), out = x.shape, low_level.shape[-2:], len(weight)
     low_level_weight, x_weight = weight.tensor_split([weight.shape[1] - channels], dim=1)
@@ -123,9 +125,9 @@ def conv_before_upsampling(
 
 
 def interpolation(length: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """Returns the weights with which `length` pixels, at each of the kernel's three places, contribute to `size`
-    pixels, `[size, length * 3]`: those of bilinear interpolation, shifted by one pixel per place, 0 for the padding.
+    """Returns the weights of `length` pixels, at each of the kernel's three places, in `size` pixels.
 
+    `[size, length * 3]`: the weights of bilinear interpolation, shifted by one pixel per place, 0 for the padding.
     They have the dtype and device of `like` and are rounded so that the two weights of a pixel add up to 1 exactly.
     """
     exact = torch.eye(length, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
@@ -136,13 +138,13 @@ def interpolation(length: int, size: int, like: torch.Tensor) -> torch.Tensor:
 
 
 class FastAtrousConv2d(nn.Conv2d):
-    """A 3x3 atrous convolution (1706.05587, section 3.3) that skips products with padding, which are most of them at
-    rates near the size of the map. `[B, F, h, w]` to `[B, O, h, w]`.
+    """A 3x3 atrous convolution (1706.05587, section 3.3) that skips products with padding: `[B, F, h, w]` to
+    `[B, O, h, w]`. At rates near the size of the map these are most of the products.
 
-    Rows and columns of the kernel that only ever meet padding are left out. Gradients come from `AtrousProducts`
-    where the kernel's extent, 2 rate + 1, exceeds the map's shorter side, because the library leaves its fast path
-    there, unless only the centre of the kernel remains. The convolution itself stays the library's, which keeps up
-    with a matrix product, except in bfloat16 with AMX. Median ms in bfloat16 for 256 outputs on 2 cores with AVX-512
+    Rows and columns of the kernel that only ever meet padding are left out. Where the kernel's extent, 2 rate + 1,
+    exceeds the map's shorter side, the library leaves its fast path. There gradients come from `AtrousProducts`,
+    unless only the centre of the kernel remains. The convolution itself stays the library's, which keeps up with a
+    matrix product, except in bfloat16 with AMX. Median ms in bfloat16 for 256 outputs on 2 cores with AVX-512
     BF16 (AMD EPYC, torch 2.15); with AMX, products were 3 to 10 times as fast as the library on an earlier machine:
 
     | channels, map, batch | rate | forward: library | kernel cut | products | and backward: library | ours |
@@ -157,7 +159,8 @@ class FastAtrousConv2d(nn.Conv2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = autocast_dtype(x)  # a custom autograd function is not autocast by itself
+        # Cast here, because autocast does not reach into a custom autograd function.
+        dtype = autocast_dtype(x)
         x, weight = x.to(dtype), self.weight.to(dtype)
         bias, rate, size = None if self.bias is None else self.bias.to(dtype), self.dilation[0], x.shape[-2:]
         by_products = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
@@ -170,21 +173,23 @@ FASTER = {DeepLab: FastDeepLab, DeepLabHeadPlus: FastDeepLabHeadPlus}
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which a convolution of x computes on the CPU."""
+    """Returns the dtype in which a convolution of x computes on the CPU."""
     enabled = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64  # autocast leaves float64 alone
     return torch.get_autocast_dtype("cpu") if enabled else x.dtype
 
 
 def cut_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rate: int) -> torch.Tensor:
-    """Computes F.conv2d with padding = dilation = rate, with only the middle row or column of the 3x3 kernel where
-    the rate reaches the map's height or width. `[B, F, h, w]` and `[O, F, 3, 3]` to `[B, O, h, w]`."""
+    """Computes F.conv2d with padding = dilation = rate: `[B, F, h, w]` and `[O, F, 3, 3]` to `[B, O, h, w]`.
+
+    Where the rate reaches the map's height or width, it uses only the middle row or column of the kernel.
+    """
     rows, columns = (slice(None) if rate < side else slice(1, 2) for side in x.shape[-2:])
     padding = [rate if rate < side else 0 for side in x.shape[-2:]]
     return F.conv2d(x, weight[:, :, rows, columns], bias, padding=padding, dilation=rate)
 
 
 class AtrousProducts(torch.autograd.Function):
-    """`cut_conv2d` or `sum_of_products` forward, `gradients_of_products` backward.
+    """Runs `cut_conv2d` or `sum_of_products` forward and `gradients_of_products` backward.
 
     Plain autograd through the products takes up to 1.7 times as long (forward and backward) and keeps copies of x.
     """
@@ -227,8 +232,7 @@ def sum_of_products(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 def gradients_of_products(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rate: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the gradients of `cut_conv2d` with respect to x and weight, given that of its result, `[B, O, h,
-    w]`."""
+    """Returns the gradients of `cut_conv2d` for x and weight, from that of its result, `[B, O, h, w]`."""
     grad, x = grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1).contiguous()  # [B, h, w, O], [B, h, w, F]
     _, height, width, channels = x.shape
     matrices = weight.permute(2, 3, 0, 1)  # [3, 3, O, F]
@@ -245,8 +249,10 @@ def gradients_of_products(
 
 
 def reach(side: int, rate: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yields, along one side, each of the kernel's three places that meets pixels: its index, the pixels of the
-    result that it contributes to, and the pixels of the input that it meets there."""
+    """Yields each of the kernel's three places along one side that meets pixels.
+
+    That is its index, the pixels of the result that it contributes to, and the pixels of the input that it meets.
+    """
     for place, shift in enumerate((-rate, 0, rate)):
         start, stop = max(0, -shift), min(side, side - shift)
         if start < stop:

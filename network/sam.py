@@ -1,4 +1,4 @@
-"""Segment Anything (Kirillov et al. 2023, arXiv 2304.02643): class-free masks, and how they refine a prediction.
+"""Runs Segment Anything (Kirillov et al. 2023, arXiv 2304.02643) and refines predictions with its masks.
 
 transformers is optional: it is imported only here, and only when a model is loaded.
 """
@@ -67,7 +67,8 @@ def load_sam(name: str, device: torch.device) -> Sam:
         raise InputError(f"--sam: transformers cannot be imported ({error}); pip install transformers") from None
     messages.set_verbosity_error()
     messages.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt
+    # It logs every attempt.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     local, no_hub = Path(name).is_dir(), None
     if not local:
         # from_pretrained alone would try each file five times, for minutes.
@@ -108,8 +109,8 @@ def generate_masks(
     image: RGB uint8 `[3, H, W]` on the CPU.
     Each of points_per_side^2 points gives three masks (part, object, whole). A mask stays if the IoU that SAM
     predicts for it exceeds `min_score`, and if its outline hardly moves with the threshold (`min_stability`); 0 turns
-    a bound off. Among masks whose boxes overlap by more than 0.7 IoU only the best stays, and at most `max_masks` in
-    total (paper, appendix B, without its second pass over crops).
+    a bound off. Among masks whose boxes overlap by more than 0.7 IoU only the best stays. At most `max_masks` stay in
+    all (paper, appendix B, without its second pass over crops).
     Memory: the decoder gets `points_per_batch` points at a time, or half as many whenever a GPU runs out of memory.
     Masks that pass `min_score` are enlarged to full size `MASK_PIXELS` at a time, at least one, and then packed.
     Raises InputError if the memory is too small for a single point.

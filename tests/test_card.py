@@ -213,7 +213,8 @@ def test_written_card_has_all_figures_and_reads_back(tmp_path):
     confusion = ConfusionMatrix(5)
     confusion.update(masks, predictions)
     result, names = confusion.compute(), ["sky", "road", "tree", "car", "dog"]
-    write_card(tmp_path, card, result, get_parser().parse_args(["--ckpt", "best.pth"]), names)
+    opts = get_parser().parse_args(["--ckpt", "best.pth"])
+    write_card(tmp_path, card, result, opts=opts, class_names=names)
 
     read = json.loads((tmp_path / "card.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     about = {"ckpt": "best.pth", "dataset": "voc", "val_split": "val", "tta": None, "crop_val": False}

@@ -348,7 +348,7 @@ def test_an_environment_that_is_not_torchruns_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK, .* is not set: start with torchrun"), session():
+    with pytest.raises(InputError, match="WORLD_SIZE: is 2, but RANK, .* is not set; start with torchrun"), session():
         pass
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "x")

@@ -267,14 +267,17 @@ def test_amp_is_bfloat16_where_the_device_computes_in_it(monkeypatch):
         choose_amp("fp16", cpu)
 
 
-def test_a_batch_too_large_for_the_memory_is_predicted_in_parts(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_batch_too_large_for_the_memory_is_predicted_in_parts(monkeypatch, error):
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     tried = []
 
     def predict(model, images, amp=None, *, tta=None):
         tried.append(len(images))
         if len(images) > 2:
-            raise torch.OutOfMemoryError("no memory")
+            raise error
         return images[:, 0]
 
     monkeypatch.setattr("utils.engine.predict", predict)

@@ -192,9 +192,9 @@ def test_a_disk_that_is_full_at_the_first_latest_points_to_the_best(refused, sta
     before(monkeypatch, "evaluate", 1, lambda *_: (tmp_path / "a/latest.pth.tmp").symlink_to("/dev/full"))
     line = refused("--total_itrs", 4)
     best = tmp_path / "a/best.pth"
-    assert f"Kept: {best} of iteration 2. Add --ckpt {best} --continue_training to resume." in line
-    _, out = start("--total_itrs", 4, "--ckpt", best, "--continue_training")
-    assert "Itrs 3/4" in out and "Itrs 2/4" not in out
+    assert f"Kept: {best} of iteration 2. Add --continue_training to resume." in line
+    _, out = start("--total_itrs", 4, "--continue_training")
+    assert f"Training state restored from {best}" in out and "Itrs 3/4" in out and "Itrs 2/4" not in out
 
 
 def test_a_signal_on_a_full_disk_ends_in_one_line(refused, tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ def test_a_signal_on_a_full_disk_ends_in_one_line(refused, tmp_path, monkeypatch
     before(monkeypatch, "torch.utils.data.DataLoader.__iter__", 1, stop)
     line = refused("--total_itrs", 2)
     assert "latest.pth: cannot be written (No space left" in line
-    assert "No checkpoint was saved: the same command starts from the beginning." in line
+    assert "No checkpoint was saved. Add --continue_training to start from the beginning" in line
 
 
 def test_a_folder_that_became_read_only_ends_the_run_in_one_line(half, refused, monkeypatch):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import main
 from network import build_model
-from tests.conftest import ROOT, TINY, assert_refused, run_main, write_picture
+from tests.conftest import ROOT, TINY, assert_refused, before, run_main, write_picture
 from utils.engine import forward_backward
 from utils.environment import environment
 from utils.loss import LOSSES, build_loss
@@ -235,6 +235,16 @@ def test_compile_falls_back_with_one_warning(start, monkeypatch):
     assert out.count("--compile: failed, training goes on without it (no compiler)") == 1
     losses = [[line for line in text.splitlines() if "Loss=" in line] for text in (plain, out)]
     assert losses[0] == losses[1]
+
+
+def test_a_failing_worker_keeps_its_cause(start, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DataLoader worker exited") from RuntimeError("killed by signal: Bus error")
+
+    before(monkeypatch, "forward_backward", 1, fail)
+    with pytest.raises(RuntimeError, match="exited") as error:
+        start("--total_itrs", 1)
+    assert "Bus error" in str(error.value.__cause__)
 
 
 def test_compiled_training_gives_what_plain_training_gives(start, monkeypatch):

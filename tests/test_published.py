@@ -357,7 +357,7 @@ OTHERS = {
 @pytest.mark.parametrize("what", OTHERS)
 def test_model_of_another_kind_is_refused_by_what_it_is(tmp_path, what):
     torch.save(vainf(OTHERS[what]()), tmp_path / "a.pth")
-    with pytest.raises(InputError, match=rf"--ckpt .*a\.pth: .*{what}.*readable are DeepLabV3 and V3") as error:
+    with pytest.raises(InputError, match=rf"--ckpt .*a\.pth: .*{what}.*give DeepLabV3 or V3") as error:
         load_checkpoint(tmp_path / "a.pth")
     assert "\n" not in str(error.value)
 
@@ -569,7 +569,7 @@ def published(tmp_path):
 def test_published_file_is_scored_and_trained_from_but_not_gone_on_from(start, refused, published, tmp_path):
     scores, out = start("--test_only", "--ckpt", published)
     assert "VainF/DeepLabV3Plus-Pytorch: " in out and "without names: the data set must have the same number" in out
-    assert "the file does not tell its output stride: using 16" in out and 0 <= scores["Mean IoU"] <= 1
+    assert "the file does not state its output stride: using 16" in out and 0 <= scores["Mean IoU"] <= 1
     assert (tmp_path / "runs/a/test_val/card.json").is_file()
     line = refused("--continue_training", "--ckpt", published)
     assert f"--ckpt {published}: has only weights (VainF/DeepLabV3Plus-Pytorch)" in line and "leave" in line

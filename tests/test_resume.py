@@ -210,6 +210,11 @@ def test_a_kill_between_the_two_saves_does_not_lose_the_best(start, tmp_path, mo
         start("a", "--total_itrs", 2)
     assert [path.name for path in (tmp_path / "a").glob("*.pth")] == ["best.pth"]
     assert load_checkpoint(tmp_path / "a/best.pth")["cur_itrs"] == 2
+    monkeypatch.undo()
+    _, out = start("a", "--total_itrs", 4, "--continue_training")
+    assert (
+        "Itrs 3/4" in out and "Itrs 2/4" not in out and [row["itr"] for row in history(tmp_path / "a")] == ["2", "4"]
+    )
 
 
 def test_latest_holds_the_best_score_of_its_own_validation(start, tmp_path):
@@ -264,6 +269,19 @@ def test_a_given_checkpoint_can_go_on_in_a_new_run(start, tmp_path):
     _, out = start("b", "--total_itrs", 4, "--continue_training", "--ckpt", tmp_path / "a/latest.pth")
     assert "Itrs 3/4" in out and "Itrs 2/4" not in out
     assert [row["itr"] for row in history(tmp_path / "b")] == ["4"]
+    assert (tmp_path / "b/best.pth").is_file()  # whatever the other run's best score is
+
+
+def test_training_seconds_include_those_before_an_interrupted_validation(start, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        before(patch, "forward_backward", 2, lambda *_: time.sleep(0.5))
+        signal_at(patch, "evaluate", 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            start("a", "--total_itrs", 2)
+    start("a", "--total_itrs", 2, "--continue_training")
+    with (tmp_path / "a/history.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert 0.5 < float(row["train_seconds"]) < 60
 
 
 @pytest.mark.parametrize("text", ["epoch,itr\n1,2\n", "no table", "\0\0"])

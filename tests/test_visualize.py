@@ -202,7 +202,7 @@ def test_check_exits_with_2_if_training_would_fail_and_lists_every_problem(run, 
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert "a1.png" in printed.out and "b1.jpg" in printed.out
-    assert len(printed.err.splitlines()) == 1 and "training would fail: 2" in printed.err
+    assert len(printed.err.splitlines()) == 1 and "training would fail (fatal findings: 2)" in printed.err
 
 
 # --- compare ---

@@ -1,6 +1,6 @@
-"""The evaluation card of `main.py --test_only`: what a single mIoU does not show.
+"""Computes the evaluation card of `main.py --test_only`, which shows more than a single mIoU.
 
-Boundary IoU, how much depends on the choice of images, the worst images, speed and memory. It is collected batch by
+It has boundary IoU, the effect of the choice of images, the worst images, speed and memory. It is collected batch by
 batch alongside the confusion matrix; only 3 counts per class are kept for each image.
 """
 
@@ -30,8 +30,8 @@ log = logging.getLogger("deeplab")
 class Card:
     """Collects the figures of one evaluation as the `on_batch` of `engine.evaluate`; create it right before.
 
-    ids: those of the data set, which the indices of a batch point into. `also`, another `on_batch`, is called with
-    each batch. Its time and that of collecting do not count as the evaluation's.
+    ids: the data set's, which the indices of a batch point into. also: another `on_batch`, called with each batch.
+    Neither its time nor that of collecting counts as the evaluation's.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Card:
         self._not_counted += self._clock() - began
 
     def gather(self) -> Self:
-        """Brings together in every process what all have collected."""
+        """Merges what all processes have collected, in every process."""
         counts = torch.cat(self._counts) if self._counts else torch.zeros(0, 3, self.num_classes, dtype=torch.int64)
         gathered = all_gather((self._indices, counts.cpu()))
         self._indices = [index for indices, _ in gathered for index in indices]
@@ -68,7 +68,7 @@ class Card:
 
         "mean_boundary_iou" and "class_boundary_iou" (C floats; NaN: absent). "bootstrap": the 95% interval
         (low, high) of mIoU over the "labelled_images", those with a labelled pixel. "worst": (id, mIoU) of the ten
-        of them with the lowest mIoU of their own, lowest first. "per_image": (id, mIoU, pixel accuracy) in the data
+        labelled images whose mIoU is lowest, lowest first. "per_image": (id, mIoU, pixel accuracy) in the data
         set's order, NaN for images without a labelled pixel. "images_per_second" and "peak_memory_mb".
         Raises ValueError if no image has a labelled pixel.
         """
@@ -126,11 +126,11 @@ def mean_iou(counts: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_interval(counts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """Computes the 95% interval of mIoU over the choice of images: percentiles 2.5 and 97.5 of the mIoU of
-    `resamples` draws of N out of the N images with replacement (Efron 1979). It says nothing about other trainings.
+    """Computes the 95% interval of mIoU over the choice of images. It says nothing about other trainings.
 
-    `counts` is float `[N, 3, C]` as in `image_counts`, each image with a labelled pixel. The same seed gives the same
-    draws. Raises ValueError for N = 0.
+    These are the percentiles 2.5 and 97.5 of mIoU over `resamples` draws of N out of the N images with replacement
+    (Efron 1979). The same seed gives the same draws. counts: float `[N, 3, C]` as from `image_counts`, each image
+    with a labelled pixel. Raises ValueError for N = 0.
     """
     rng, number, means = np.random.default_rng(seed), len(counts), []
     if not number:
@@ -156,7 +156,7 @@ def format_card(card: dict) -> list[str]:
     ]
 
 
-def write_card(folder: Path, card: dict, result: dict, opts: argparse.Namespace, class_names: list[str]) -> None:
+def write_card(folder: Path, card: dict, result: dict, *, opts: argparse.Namespace, class_names: list[str]) -> None:
     """Logs a card and writes `card.json` and `images.csv`.
 
     card: from `Card.compute`; result: from `utils.metrics.scores`. The JSON begins with what was evaluated and how.

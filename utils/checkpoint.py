@@ -1,19 +1,21 @@
-"""The state of a training: saved as a whole or not at all, and restored exactly."""
+"""Saves the state of a training as a whole or not at all, and restores it exactly."""
 
 import argparse
 import logging
 import math
 import os
+import time
 import warnings
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets.voc import SegmentationDataset
+from network._deeplab import DeepLab
+from utils.environment import environment
 from utils.errors import InputError
 from utils.files import copy_atomically, replacing
 from utils.metrics import RunningMean
@@ -26,7 +28,7 @@ log = logging.getLogger("deeplab")
 class TrainingState:
     """Everything that training changes: with it a resumed run continues as if it had never stopped."""
 
-    model: nn.Module
+    model: DeepLab
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
@@ -39,6 +41,7 @@ class TrainingState:
     losses: RunningMean = field(default_factory=RunningMean)  # since the last validation
     loss: float = math.nan  # their mean at the last validation
     lr: float = 0.0  # the head's, as used in the last iteration
+    clock: float = field(default_factory=time.perf_counter)  # when training since the last validation began
 
     @property
     def epoch(self) -> int:
@@ -46,12 +49,12 @@ class TrainingState:
         return max(0, self.itr - 1) // self.itrs_per_epoch + 1
 
     def add_step(self, loss: torch.Tensor, *, lr: float) -> None:
-        """Notes an iteration that is done, its loss and the head's learning rate that it used."""
+        """Counts a finished iteration and records its loss and the head's learning rate."""
         self.itr, self.lr = self.itr + 1, lr
         self.losses.add(loss)
 
     def add_validation(self, scores: dict) -> bool:
-        """Notes the scores of the model as it is; returns whether its mIoU is the best so far."""
+        """Records the scores of the current model; returns whether its mIoU is the best so far."""
         self.validated_itr, self.scores, self.loss = self.itr, scores, self.losses.pop()
         is_best = scores["Mean IoU"] > self.best_score
         if is_best:
@@ -64,22 +67,16 @@ class TrainingState:
         return f"{last}\nbest score and itr: {self.best_score:.6f} {self.best_itr}"
 
     def save(
-        self,
-        path: Path,
-        *,
-        opts: argparse.Namespace,
-        dataset: SegmentationDataset,
-        about: dict | None = None,
-        keep_previous: bool = False,
+        self, path: Path, *, opts: argparse.Namespace, dataset: SegmentationDataset, keep_previous: bool
     ) -> None:
         """Saves the state; call it after the optimizer's and the scheduler's step, once the best score is settled.
 
-        about: where the run was made, as `utils.run.environment` says it. Raises InputError for weights that are not
-        finite: a finite loss does not rule them out, because it does not depend on the running statistics of batch
-        normalisation.
+        Raises InputError for weights that are not finite. A finite loss does not rule them out, because it does not
+        depend on the running statistics of batch normalisation.
         """
-        model_state = self.model.state_dict()
-        if not torch.stack([value.isfinite().all() for value in model_state.values()]).all():  # waits once
+        model_state, device = self.model.state_dict(), self.model.device
+        # Stacked, so that the host waits for the device once.
+        if not torch.stack([value.isfinite().all() for value in model_state.values()]).all():
             raise InputError(
                 f"{path}: not saved, because the weights are not finite after iteration {self.itr}; resume from an "
                 "earlier checkpoint with a lower --lr, with --warmup_itrs or with --amp off"
@@ -98,35 +95,39 @@ class TrainingState:
                 "loss_sum": float(self.losses.total),
                 "loss_count": self.losses.count,
                 "lr": self.lr,
+                "seconds": 0.0 if self.validated_itr == self.itr else time.perf_counter() - self.clock,
             },
             "options": vars(opts),
             "class_names": dataset.class_names,
             "palette": dataset.palette.tolist(),
-            "about": {"saved": datetime.now().astimezone().isoformat(" ", "seconds"), **(about or {})},
+            "about": {"saved": datetime.now().astimezone().isoformat(" ", "seconds"), **environment(device)},
         }
         save_checkpoint(path, checkpoint, keep_previous=keep_previous)
 
     def restore(self, checkpoint: dict, path: str | Path) -> None:
         """Restores optimizer, schedule, scaler, scores and counters; the weights are loaded with the model.
 
+        Rates and schedule come from the command line: the schedule is replayed up to the checkpoint's iteration. That
+        gives exactly the rates of a run that never stopped, or the new ones if the options have changed.
         path: the checkpoint's, for the log.
-
-        Rates and schedule come from the command line: the schedule is replayed up to the checkpoint's iteration,
-        which gives exactly the rates of a run that never stopped, and the new ones if the options have changed.
         """
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that the optimizer has not stepped yet
+            # It would warn that the optimizer has not stepped yet.
+            warnings.simplefilter("ignore", UserWarning)
             for _ in range(checkpoint["cur_itrs"]):
                 self.scheduler.step()
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(checkpoint["optimizer_state"] | {"param_groups": groups})
-        if self.scaler.is_enabled() and checkpoint["scaler_state"]:  # empty if training was not in fp16
+        # The scaler's state is empty if training was not in fp16.
+        if self.scaler.is_enabled() and checkpoint["scaler_state"]:
             self.scaler.load_state_dict(checkpoint["scaler_state"])
         self.itr, self.scores = checkpoint["cur_itrs"], checkpoint["scores"]
         self.best_score, self.best_itr = checkpoint["best_score"], checkpoint["best_itr"]
-        progress = checkpoint.get("progress", {"loss_sum": 0.0, "loss_count": 0, "lr": 0.0})  # the oldest lack it
+        # The oldest checkpoints lack "progress".
+        progress = checkpoint.get("progress", {"loss_sum": 0.0, "loss_count": 0, "lr": 0.0})
         self.losses.total = torch.tensor(progress["loss_sum"], device=next(self.model.parameters()).device)
         self.losses.count, self.lr = progress["loss_count"], progress["lr"]
+        self.clock -= progress.get("seconds", 0.0)
         self.validated_itr = validated_itr(checkpoint)
         log.info(f"Training state restored from {path}")
 
@@ -139,15 +140,17 @@ def validated_itr(checkpoint: dict) -> int:
 
 
 def require_finite(losses: RunningMean, itr: int, loader: DataLoader) -> None:
-    """Raises InputError, naming the images, if the losses of the iterations up to `itr` are not finite: training does
-    not recover from that. Waits for the device."""
+    """Raises InputError, naming the images, if the losses of the iterations up to `itr` are not finite.
+
+    Training does not recover from such a loss. Waits for the device.
+    """
     if losses.count and not math.isfinite(losses.mean()):
         first, dataset = itr - losses.count, loader.dataset
         batches = loader.batch_sampler.between(first, itr)
         ids = list(dict.fromkeys(dataset.ids[index] for batch in batches for _, index in batch))
         some = ", ".join(ids[:50]) + (f" and {len(ids) - 50} more" if len(ids) > 50 else "")
         raise InputError(
-            f"the loss is not finite in iterations {first + 1} to {itr}; lower --lr, warm up (--warmup_itrs) or try "
+            f"iterations {first + 1} to {itr}: the loss is not finite; lower --lr, warm up (--warmup_itrs) or try "
             f"--amp off, or look at the images: {some}"
         )
 
@@ -178,10 +181,10 @@ def previous_of(path: Path) -> Path:
 
 
 def load_newest(path: Path) -> tuple[Path, dict, InputError | None]:
-    """Loads a checkpoint, or else the one before it; returns the path used, the checkpoint and what is wrong with the
-    first one.
+    """Loads a checkpoint, or else the one before it.
 
-    Raises InputError, naming `path`, if neither loads.
+    Returns the path used, the checkpoint, and the error of the first one if it does not load. Raises InputError,
+    naming `path`, if neither loads.
     """
     try:
         return path, load_checkpoint(path), None

@@ -1,4 +1,4 @@
-"""What every command line shares: flags with bounds, errors in one line, exit codes."""
+"""Gives every command line its flags with bounds, its errors in one line and its exit codes."""
 
 import argparse
 import functools
@@ -24,9 +24,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see --help)")
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         for word in sys.argv[1:] if args is None else args:
-            if word.startswith("--") and word.endswith("=--"):  # argparse in Python 3.11 makes a list of it
+            # argparse in Python 3.11 makes a list of it.
+            if word.startswith("--") and word.endswith("=--"):
                 self.error(f"argument {word.removesuffix('=--')}: invalid value: '--'")
         return super().parse_known_args(args, namespace)
 
@@ -41,12 +44,13 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
             raise argparse.ArgumentTypeError(f"{text} is out of range; give {limits}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse shows it in "invalid int value"
+    # argparse shows the name in "invalid int value".
+    parse.__name__ = kind.__name__
     return parse
 
 
 def any_path(text: str) -> str:
-    """An argparse type: a path that the system accepts, whether or not it exists."""
+    """Parses a path that the system accepts, whether or not it exists: an argparse type."""
     if "\0" in text:
         raise argparse.ArgumentTypeError("a path cannot contain a null character")
     try:
@@ -57,7 +61,7 @@ def any_path(text: str) -> str:
 
 
 def inner_path(text: str) -> str:
-    """An argparse type: a name, or a path that stays inside the folder that it is joined to."""
+    """Parses a name, or a path that stays inside the folder that it is joined to: an argparse type."""
     if Path(text).is_absolute() or ".." in Path(text).parts or not Path(text).parts:
         raise argparse.ArgumentTypeError(f"{text!r} leads out of its folder; give a name")
     return any_path(text)
@@ -65,7 +69,8 @@ def inner_path(text: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, or the CPU, had no memory left."""
-    names = {kind.__name__ for kind in type(error).__mro__}  # by name, because importing torch takes seconds
+    # By name, because importing torch takes seconds.
+    names = {kind.__name__ for kind in type(error).__mro__}
     return "OutOfMemoryError" in names or "can't allocate memory" in str(error)
 
 
@@ -86,7 +91,7 @@ def friendly_errors(main: Callable) -> Callable:
     """Decorates a script's `main(argv=None)`: a user error is one line and exit code 2, Ctrl-C exits with 130."""
 
     @functools.wraps(main)
-    def wrapper(argv: list[str] | None = None):
+    def wrapper(argv: list[str] | None = None) -> object:
         try:
             return main(argv)
         except (Exception, KeyboardInterrupt) as error:

@@ -1,4 +1,4 @@
-"""Several processes that train as one, one per GPU, started by torchrun.
+"""Trains in several processes as in one: one per GPU, started by torchrun.
 
     torchrun --nproc_per_node 4 main.py --batch_size 16 ...     # 16 images per step over all processes
 
@@ -40,17 +40,17 @@ log = logging.getLogger("deeplab")
 
 
 def rank() -> int:
-    """This process's number among all, 0 for the main one."""
+    """Returns this process's number among all, 0 for the main process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Returns the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is also the index of its GPU."""
+    """Returns this process's number on its machine, which is also the index of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
 
 
@@ -67,21 +67,22 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
 
 
 def all_max(value: int) -> int:
-    """The highest value of any process. The host waits for the other hosts, not for the devices."""
+    """Returns the highest value of any process. The host waits for the other hosts, not for the devices."""
     if not dist.is_initialized():
         return value
-    shared = torch.tensor(value)  # on the CPU: through gloo, alongside whatever a GPU computes
+    # On the CPU: it goes through gloo, alongside whatever a GPU computes.
+    shared = torch.tensor(value)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
 
 
 def barrier() -> None:
-    """Waits until every process has got here."""
+    """Waits until every process has reached this point."""
     all_max(0)
 
 
 def all_gather(value: Value) -> list[Value]:
-    """The values of all processes, in the order of their ranks."""
+    """Returns the values of all processes, in the order of their ranks."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -89,7 +90,7 @@ def all_gather(value: Value) -> list[Value]:
 
 
 def from_main(value: Value) -> Value:
-    """The main process's value, in every process."""
+    """Returns the main process's value, in every process."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
@@ -98,8 +99,10 @@ def from_main(value: Value) -> Value:
 
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
-    """Lets the first process of each machine run the block before the others, which then find there what it has
-    downloaded or generated."""
+    """Lets the first process of each machine run the block before the others.
+
+    The others then find what it has downloaded or generated.
+    """
     if local_rank() != 0:
         barrier()
     yield
@@ -119,15 +122,18 @@ def require_same_ids(*datasets: SegmentationDataset) -> None:
 
 
 def parallel(model: DeepLab) -> nn.Module:
-    """Wraps a model so that its backward pass averages gradients over the processes. All start with the main
-    process's weights. On GPUs batch norms are synchronised, in place, unless the model freezes them."""
+    """Wraps a model so that its backward pass averages gradients over the processes.
+
+    All processes start with the main process's weights. On GPUs batch norms are synchronised, in place, unless the
+    model freezes them.
+    """
     if not dist.is_initialized():
         return model
     on_gpu = next(model.parameters()).device.type == "cuda"
     if on_gpu and not model.freeze_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     devices = [local_rank()] if on_gpu else None
-    # Buffers are the main process's business (`broadcast_buffers`). The flag has another name in older versions.
+    # `broadcast_buffers` copies the buffers when they matter. This flag has another name in older versions.
     known = inspect.signature(DistributedDataParallel).parameters
     exchange = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{exchange: False})
@@ -141,7 +147,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an error says that another process does not answer any more."""
+    """Whether an error says that another process no longer answers."""
     text = str(error)
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text)
 
@@ -163,10 +169,12 @@ def session() -> Iterator[None]:
         try:
             yield
         except SystemExit as error:
-            if not error.code or error.code <= 128:  # above: a signal that all processes have agreed on
+            # Above 128 it is a signal that all processes have agreed on.
+            if not error.code or error.code <= 128:
                 raise
             stop = error
-        barrier()  # torchrun ends the others as soon as one leaves, so all wait until the main process has written
+        # torchrun ends the others as soon as one leaves, so all wait until the main process has written.
+        barrier()
     except SystemExit:
         raise
     except BaseException as error:
@@ -182,7 +190,7 @@ def _join() -> dist.Store:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start with torchrun, "
+            f"WORLD_SIZE: is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start with torchrun, "
             "or unset WORLD_SIZE"
         )
     try:
@@ -197,17 +205,17 @@ def _join() -> dist.Store:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = (str(error).splitlines() or ["unknown"])[0]
         raise InputError(
-            f"the other processes cannot be reached at {place} ({reason}); start all of them with torchrun"
+            f"{place}: the other processes cannot be reached there ({reason}); start all of them with torchrun"
         ) from None
     return store
 
 
 def store_of_attempt(store: dist.Store, own_rank: int, size: int) -> dist.Store:
-    """The part of torchrun's store that this attempt of the job has for itself.
+    """Returns a part of torchrun's store that this attempt of the job does not share with earlier ones.
 
     After a restart by torchrun the store still holds the addresses of the dead processes, and reading one of them
-    blocks (PyTorch #135712). So each process writes a name that is new, the main process publishes the list of names
-    until all have answered it, and the attempt is called after the main process's name.
+    blocks (PyTorch #135712). So each process writes a new name, and the main process publishes the list of names
+    until all have answered it. The main process's name then becomes that of the attempt.
     """
     name, deadline = uuid.uuid4().hex, time.monotonic() + START_TIMEOUT.total_seconds()
     store.set(f"name of {own_rank}", name)
@@ -231,7 +239,8 @@ def store_of_attempt(store: dist.Store, own_rank: int, size: int) -> dist.Store:
 def _report(error: BaseException, store: dist.Store) -> int:
     """Prints an error if this process is the first that failed; returns the exit code of this process."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has left
+        # torchrun ends the others as soon as one has left.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     line, code = error_line(error) or ("".join(traceback.format_exception(error)).rstrip(), 1)
     lost = is_lost_process(error)
     try:
@@ -264,6 +273,6 @@ def restarted() -> bool:
 
 
 def job_id() -> str:
-    """An identifier of this torchrun job, the same for all its restarts; empty without torchrun."""
+    """Returns an identifier of this torchrun job, the same for all its restarts; empty without torchrun."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{run} {socket.gethostname()} {os.getppid()}" if run else ""

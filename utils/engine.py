@@ -1,4 +1,4 @@
-"""The device, and what a model does on it: a training step, predictions and an evaluation."""
+"""Chooses the device and runs a model on it: a training step, predictions, an evaluation."""
 
 import contextlib
 import logging
@@ -16,18 +16,21 @@ from tqdm import tqdm
 from datasets.files import VOID
 from network._deeplab import DeepLab
 from network.fast import fold_batchnorm
+from utils.cli import is_out_of_memory
 from utils.distributed import all_sum, broadcast_buffers, is_main, local_rank, rank, world_size
 from utils.errors import InputError
 from utils.metrics import ConfusionMatrix
 from utils.signals import StopSignals
 
-MAX_SCALE = 4.0  # of --tta: sixteen times the pixels, and the memory
+MAX_SCALE = 4.0  # for --tta: sixteen times the pixels and the memory
 log = logging.getLogger("deeplab")
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device for `--device`: "auto" is CUDA if there is one, otherwise the CPU. Under torchrun each
-    process gets the GPU of its local rank. Raises InputError for a device that cannot be used."""
+    """Returns the device for `--device`: "auto" is CUDA if there is one, otherwise the CPU.
+
+    Under torchrun each process gets the GPU of its local rank. Raises InputError for a device that cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if world_size() > 1 and name != "cpu":
@@ -38,7 +41,8 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{local_rank()}"
         torch.cuda.set_device(name)
     try:
-        with warnings.catch_warnings(action="ignore"):  # about names that torch reserves for itself
+        # torch warns about device names that it reserves for itself.
+        with warnings.catch_warnings(action="ignore"):
             return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = (str(error).splitlines() or ["unknown"])[0]
@@ -66,7 +70,7 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Mixed precision in `dtype`; None leaves float32."""
+    """Returns a context of mixed precision in `dtype`; None leaves float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
@@ -76,8 +80,10 @@ def seed_step(seed: int, itr: int) -> None:
 
 
 def compile_model(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns the forward pass for `--compile`, compiled at its first call. If compiling fails, it warns once and
-    runs the plain model from then on. The weights stay the model's own."""
+    """Returns the forward pass for `--compile`, compiled at its first call.
+
+    If compiling fails, it warns once and runs the plain model from then on. The model keeps its weights.
+    """
     forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model)
 
     def call(images: torch.Tensor) -> torch.Tensor:
@@ -94,6 +100,7 @@ def compile_model(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
             log.warning(f"--compile: failed, training goes on without it ({reason})")
             return model(images)
 
+    call.no_sync = getattr(model, "no_sync", contextlib.nullcontext)  # several processes: see forward_backward
     return call
 
 
@@ -107,12 +114,12 @@ def forward_backward(
     amp: torch.dtype | None,
     parts: int = 1,
 ) -> torch.Tensor:
-    """Adds the gradients of one step to those that are there; returns the loss of the step, on the device.
+    """Accumulates the gradients of one step; returns the loss of the step, on the device.
 
     images and targets: uint8 `[B, 3, H, W]` and `[B, H, W]`, this process's share of the step's batch. It passes in
-    `parts` parts, which saves memory. Each part counts by its valid pixels in the whole step, so the mean losses
-    (cross-entropy and focal loss) do not depend on how parts and processes share the void. Other losses rank or sum
-    the pixels of a part.
+    `parts` parts, which saves memory. Each part is weighted by its share of the step's valid pixels. So the mean
+    losses (cross-entropy and focal loss) do not depend on how parts and processes share the void. Other losses rank
+    or sum the pixels of a part.
     """
     total = torch.zeros((), device=images.device)
     valid = all_sum((targets != VOID).sum()).clamp_min(1)  # in the whole step
@@ -123,7 +130,8 @@ def forward_backward(
                 loss = criterion(net(x), y)
             if parts * world_size() > 1:
                 loss = loss * ((y != VOID).sum() / valid)
-            scaler.scale(loss * world_size()).backward()  # the exchange averages over the processes
+            # Times the processes, because the exchange averages over them.
+            scaler.scale(loss * world_size()).backward()
             total += loss.detach()
     return all_sum(total)
 
@@ -170,12 +178,14 @@ def predict(
     model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None, *, tta: Tta | None = None
 ) -> torch.Tensor:
     """Predicts class ids, uint8 `[B, H, W]`, for uint8 RGB `[B, 3, H, W]` with a model in evaluation mode."""
-    if tta is None or tta == Tta():  # the logits themselves, because close ones tie in the softmax
+    if tta is None or tta == Tta():
+        # The logits themselves, because close ones tie in the softmax.
         with autocast(images.device, amp):
             scores = model(images)  # [B, C, H, W]
     else:
         scores = tta_probabilities(model, images, amp, tta=tta)  # [B, C, H, W]
-    return scores.max(dim=1).indices.to(torch.uint8)  # on the CPU max is many times faster than argmax
+    # On the CPU max is many times faster than argmax.
+    return scores.max(dim=1).indices.to(torch.uint8)  # [B, H, W]
 
 
 def predict_in_parts(
@@ -187,7 +197,9 @@ def predict_in_parts(
     """
     try:
         return predict(model, images, amp, tta=tta)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         if len(images) == 1:
             size = " x ".join(map(str, images.shape[-2:]))
             raise InputError(
@@ -202,7 +214,7 @@ def predict_in_parts(
 def tta_probabilities(
     model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None, *, tta: Tta
 ) -> torch.Tensor:
-    """The mean class probabilities over all scales and flips, float32 `[B, C, H, W]` (1802.02611, section 4).
+    """Averages class probabilities over all scales and flips, float32 `[B, C, H, W]` (1802.02611, section 4).
 
     images: uint8 RGB `[B, 3, H, W]`. Passes are summed one by one, so the largest scale decides the memory.
     """
@@ -237,23 +249,27 @@ def evaluate(
 
     loader: batches of images and masks, uint8, as `SameSizeBatches` composes them. `on_batch(indices, images, masks,
     predictions)` receives each batch: indices into the data set, uint8 RGB `[B, 3, H, W]` and uint8 class ids
-    `[B, H, W]` twice, on the model's device. After a signal to this process (`stop`) the matrix is incomplete.
+    `[B, H, W]` twice, on the model's device. After a signal to any process (`stop`) the matrix is incomplete.
     """
-    broadcast_buffers(model)  # the main process saves its own batch-norm statistics, so those are evaluated
+    # The main process saves its own batch-norm statistics, so those are evaluated.
+    broadcast_buffers(model)
     device = model.device
-    model = fold_batchnorm(model) if device.type == "cpu" else model  # on GPUs not measured
+    # On a GPU the gain has not been measured.
+    model = fold_batchnorm(model) if device.type == "cpu" else model
     confusion = ConfusionMatrix(loader.dataset.num_classes, device)
-    hidden = None if is_main() else True  # None: only if there is a terminal
+    hidden = None if is_main() else True  # None: hidden only where there is no terminal
     bar = tqdm(loader, desc="validation", unit="batch", leave=False, dynamic_ncols=True, disable=hidden)
     with evaluating(model):
         for done, (indices, (images, masks)) in enumerate(zip(loader.batch_sampler, bar, strict=True), 1):
-            if stop is not None and stop.received:  # the other processes have other numbers of batches
+            # Not asked of all processes, because they have different numbers of batches.
+            if stop is not None and stop.received:
                 break
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
             predictions = predict_in_parts(model, images, amp, tta=tta)
             confusion.update(masks, predictions)
             if on_batch is not None:
                 on_batch(indices, images, masks, predictions)
-            if done % 10 == 0 and not bar.disable:  # each look waits for the device
+            # Not after every batch, because each look waits for the device.
+            if done % 10 == 0 and not bar.disable:
                 bar.set_postfix_str(f"mIoU={confusion.compute()['Mean IoU']:.4f}", refresh=False)
     return all_sum(confusion.matrix())

@@ -1,4 +1,4 @@
-"""Where a run was made: versions, commit, device, command and memory."""
+"""Describes where a run was made: versions, commit, device, command and memory."""
 
 import functools
 import platform
@@ -15,9 +15,10 @@ import torchvision
 from utils.distributed import job_id, world_size
 
 
-@functools.cache  # the commit at the start, whatever is committed during the training
+# Cached: the commit at the start counts, whatever is committed during the training.
+@functools.cache
 def environment(device: torch.device) -> dict:
-    """Returns what else decides a result: versions, git commit, device and command."""
+    """Returns what a result depends on beside the options: versions, git commit, device and command."""
     here = Path(__file__).parent
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
@@ -57,4 +58,5 @@ def peak_memory_mb(device: torch.device) -> float:
     except ImportError:
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+    # macOS counts bytes, Linux KiB.
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

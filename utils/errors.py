@@ -1,4 +1,4 @@
-"""The two exceptions for user errors: one line that names the file or flag, the problem and the fix."""
+"""Defines the two exceptions for user errors: one line that names the file or flag, the problem and the fix."""
 
 
 class InputError(ValueError):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writes files as a whole or not at all."""
 
 import contextlib
 import csv
@@ -25,18 +25,19 @@ def replacing(path: Path) -> Iterator[Path]:
         if error.filename is not None and str(error.filename) not in (str(path), str(temporary)):
             raise
         raise cannot_write(path, error) from None
-    finally:  # even after success: renaming a hard link to another name of the same file does nothing
+    finally:
+        # Even after success: renaming a hard link to another name of the same file does nothing.
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def temporary_of(path: Path) -> Path:
-    """The path that `replacing(path)` writes to."""
+    """Returns the path that `replacing(path)` writes to."""
     return path.with_name(path.name + ".tmp")
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
-    """The user error for a file or folder that cannot be written."""
+    """Returns the user error for a file or folder that cannot be written."""
     return InputError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another path")
 
 
@@ -51,7 +52,8 @@ def make_folder(folder: Path) -> None:
 def copy_atomically(path: Path, copy: Path) -> None:
     """Gives the content of `path` the second name `copy`; at no moment is either file missing or incomplete."""
     with replacing(copy) as temporary:
-        temporary.unlink(missing_ok=True)  # left by a killed process
+        # A killed process may have left it.
+        temporary.unlink(missing_ok=True)
         try:
             os.link(path, temporary)
         except OSError:  # not every file system has hard links

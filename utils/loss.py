@@ -1,7 +1,7 @@
-"""Losses of logits `[B, C, H, W]` against class ids `[B, H, W]` (any integer dtype, 255 = void), as a scalar.
+"""Computes losses of logits `[B, C, H, W]` against class ids `[B, H, W]` (any integer dtype, 255 = void).
 
-Every loss is computed in float32 (float64 stays float64), ignores void, is zero with zero gradients if everything is
-void, and never makes the host wait for the device. Cross-entropy and focal loss are means over the valid pixels, so
+Every loss is a scalar in float32 (float64 stays float64), ignores void, and is zero with zero gradients if everything
+is void. None makes the host wait for the device. Cross-entropy and focal loss are means over the valid pixels, so
 the losses of a batch's parts add up. The other losses rank or sum all pixels of a batch, so theirs do not.
 """
 
@@ -65,8 +65,9 @@ def ohem_cross_entropy(
     """
     loss, valid = _pixel_cross_entropy(logits, target), target != IGNORE_INDEX  # [B, H, W]
     hardest_first = loss.detach().flatten().sort(descending=True).values  # [B * H * W]; void is 0 and comes last
-    least = (valid.sum().double() * keep).ceil().long().clamp_min(1)  # float32 cannot count beyond 2^24
-    limit = hardest_first.take(least - 1).clamp_max(-math.log(threshold))  # indexing would wait for the device
+    # Double, because float32 cannot count beyond 2^24. `take`, because indexing would wait for the device.
+    least = (valid.sum().double() * keep).ceil().long().clamp_min(1)
+    limit = hardest_first.take(least - 1).clamp_max(-math.log(threshold))
     return _mean(loss, target, weights=weights, counted=valid & (loss.detach() >= limit))
 
 
@@ -92,7 +93,7 @@ def lovasz_softmax(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Averages the Lovász extension of 1 - Jaccard over classes, at the errors |g - p|; g is 1 at the class, else 0.
 
     Berman et al. 2018, arXiv 1705.08790, definition 2 and section 3: the sum over i of error_i * (J_i - J_(i-1)) with
-    errors in falling order, where J_i is the Jaccard loss if the first i pixels are wrong and all others right. For
+    errors in falling order. J_i is the Jaccard loss if the first i pixels are wrong and all others right. For
     errors of 0 and 1 it is 1 - IoU itself. It covers all valid pixels of the batch and the classes in its target. It
     trains what mIoU measures and gives every class the same weight. A prediction that is certain and wrong gets no
     gradient, so it suits fine-tuning.
@@ -172,13 +173,13 @@ def _pixel_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Te
         F.cross_entropy(part, ids, ignore_index=IGNORE_INDEX, reduction="none")
         for part, ids in zip(logits.split(images), target.long().split(images), strict=True)
     ]
-    return torch.cat(pieces)
+    return torch.cat(pieces)  # [B, H, W]
 
 
 def _probabilities(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns probabilities, 0 at void, and bool masks of where the target is each class. Both `[B, C, H, W]`."""
     p = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    p = p.where((target != IGNORE_INDEX)[:, None], 0)
+    p = p.where((target != IGNORE_INDEX)[:, None], 0)  # [B, C, H, W]
     return p, target[:, None] == torch.arange(p.shape[1], device=target.device).view(1, -1, 1, 1)
 
 

@@ -1,4 +1,4 @@
-"""Scores of semantic segmentation from one confusion matrix, and boundary IoU."""
+"""Scores semantic segmentation from one confusion matrix, and measures boundary IoU."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets.files import VOID
 from utils.errors import InputError
 
-SCORE_COLUMNS = {  # of history.csv and card.json
+SCORE_COLUMNS = {  # in history.csv and card.json
     "overall_acc": "Overall Acc",
     "mean_acc": "Mean Acc",
     "freqw_acc": "FreqW Acc",
@@ -53,7 +53,7 @@ class ConfusionMatrix:
 
         Raises InputError for a label that is neither a class nor 255, and for a prediction that is not a class.
         """
-        counts = self._counts.view(LABELS, self.num_classes)
+        counts = self._counts.view(LABELS, self.num_classes)  # [256, C]
         if int(self._highest) >= self.num_classes:
             raise InputError(f"a prediction of {int(self._highest)} is not a class (0..{self.num_classes - 1})")
         stray = counts[self.num_classes : VOID].sum(dim=1).nonzero()
@@ -70,11 +70,12 @@ class ConfusionMatrix:
 def occurrences(index: torch.Tensor, size: int) -> torch.Tensor:
     """Counts each of 0..`size` - 1 in `[N]`, as int64 `[size]`. Higher indices count anywhere or nowhere."""
     if index.device.type != "cpu":
-        return scattered_occurrences(index, size)  # bincount would make the host wait for the highest index
+        # bincount would make the host wait for the highest index.
+        return scattered_occurrences(index, size)
     # Neighbouring pixels are mostly equal, and adding to a counter waits for the previous addition to it. So four
     # sets of counters take turns, which is 1.5 times as fast.
     counts = torch.bincount(_turns(len(index), size) + index, minlength=LANES * size)[: LANES * size]
-    return counts.view(LANES, size).sum(dim=0)
+    return counts.view(LANES, size).sum(dim=0)  # [size]
 
 
 @lru_cache(maxsize=4)  # a data set has few image sizes
@@ -172,7 +173,8 @@ def _over_squares(choose: Callable, ids: torch.Tensor, side: int) -> torch.Tenso
     """Takes `torch.maximum` or `torch.minimum` over squares of `side`: `[..., H - side + 1, W - side + 1]`."""
     for dim in (-2, -1):  # a square is a column, then a row
         reached = 1
-        while reached < side:  # the window doubles: two that overlap or touch make one
+        # The window doubles: two that overlap or touch make one.
+        while reached < side:
             step = min(reached, side - reached)
             rest = ids.shape[dim] - step
             ids, reached = choose(ids.narrow(dim, 0, rest), ids.narrow(dim, step, rest)), reached + step

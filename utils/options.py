@@ -1,4 +1,4 @@
-"""The flags of `main.py`, and which of them go together."""
+"""Defines the flags of `main.py` and checks which of them go together."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from datasets import DATASETS
 from datasets.loader import DATA_FLAGS
 from datasets.stats import CLASS_WEIGHTS
 from network import MODELS
-from utils.cli import Parser, any_path, inner_path, is_out_of_memory, number
+from utils.cli import Parser, any_path, inner_path, number
 from utils.engine import parse_tta
 from utils.errors import InputError
 from utils.loss import ADDITIVE_LOSSES, LOSSES
@@ -45,6 +45,8 @@ def check_options(opts: argparse.Namespace, *, processes: int = 1) -> None:
         )
     if opts.export and (not opts.ckpt or opts.test_only or opts.continue_training):
         raise InputError("--export: needs --ckpt and excludes --test_only and --continue_training; change the flags")
+    if opts.export and processes > 1:
+        raise InputError(f"--export: needs one process, not {processes}; start it without torchrun")
     if opts.init_from and (opts.ckpt or opts.test_only):
         raise InputError("--init_from: starts a training and excludes --ckpt and --test_only; leave one of them out")
     if opts.class_weights != "none" and opts.loss_type == "lovasz_softmax":
@@ -57,7 +59,7 @@ def check_options(opts: argparse.Namespace, *, processes: int = 1) -> None:
 
 
 def notes_on_batches(opts: argparse.Namespace, device: torch.device, *, processes: int) -> list[str]:
-    """Returns log lines about what does not see the whole batch of a step, if parts or processes share it."""
+    """Returns a log line for each computation that does not see the whole batch of a step."""
     part = opts.batch_size // opts.grad_accum // processes
     if opts.test_only or part == opts.batch_size:
         return []
@@ -71,19 +73,15 @@ def notes_on_batches(opts: argparse.Namespace, device: torch.device, *, processe
     return notes
 
 
-def or_memory_advice(
-    error: RuntimeError, opts: argparse.Namespace, itr: int, *, amp: torch.dtype | None, processes: int
-) -> Exception:
-    """Returns a user error that says what to lower if a training step ran out of memory, otherwise the same error.
+def memory_advice(opts: argparse.Namespace, itr: int, *, amp: torch.dtype | None, processes: int) -> str:
+    """Returns the message for a training step that ran out of memory: what to lower.
 
-    Nothing is saved after it: the failed pass has already changed the statistics of batch norms.
+    Nothing is saved after it, because the failed pass has already changed the statistics of batch norms.
     """
-    if not is_out_of_memory(error):
-        return error
     part = opts.batch_size // opts.grad_accum // processes
     advice = f"give --grad_accum {2 * opts.grad_accum}" if part % 2 == 0 and part > 2 else "lower --batch_size"
     advice += ", lower --crop_size" + ("" if amp else ", or give --amp auto")
-    return InputError(
+    return (
         f"iteration {itr}: the device's memory is too small for {part} crops of {opts.crop_size} pixels at a time; "
         f"{advice}"
     )
@@ -124,8 +122,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--year", choices=["2012", "2012_aug"], default="2012", help="VOC only; 2012_aug: 10,582 training images")
     add("--download", action="store_true", help="download VOC 2012 (2 GB) if it is missing")
     add("--train_split", type=inner_path, metavar="LIST", default="train", help="list in ImageSets/Segmentation")
-    text = "list to validate on, or to test on with --test_only"
-    add("--val_split", type=inner_path, metavar="LIST", default="val", help=text)
+    add("--val_split", type=inner_path, metavar="LIST", default="val", help="list to validate on or to test on")
     add("--skip_bad", action="store_true", help="check all files first and leave out damaged ones")
 
     add = parser.add_argument_group("model").add_argument
@@ -150,25 +147,21 @@ def get_parser() -> argparse.ArgumentParser:
     add("--step_size", metavar="N", type=count, default=1000, help="StepLR: iterations between drops")
     add("--gamma", metavar="X", type=share, default=0.9, help="StepLR: factor at each drop")
     add("--warmup_itrs", metavar="N", type=number(int, 0), default=0, help="iterations of linear warm-up")
-    add("--freeze_bn", action="store_true", help="keep the batch-norm statistics that the weights came with")
+    add("--freeze_bn", action="store_true", help="keep the batch-norm statistics of the initial weights")
     add("--loss_type", choices=LOSSES, default="cross_entropy", help="see utils/loss.py")
     add("--focal_gamma", metavar="X", type=ratio, default=2.0, help="focal_loss: gamma; 0 is cross-entropy")
-    text = "ohem: pixels with a higher probability are easy"
-    add("--ohem_threshold", metavar="X", type=share, default=0.7, help=text)
-    text = "ohem: share of the pixels to keep at least"
-    add("--ohem_keep", metavar="X", type=share, default=0.25, help=text)
+    add("--ohem_threshold", metavar="X", type=share, default=0.7, help="OHEM: pixels above this probability are easy")
+    add("--ohem_keep", metavar="X", type=share, default=0.25, help="OHEM: lowest share of the pixels to keep")
     text = "counted from the training masks; not with lovasz_softmax"
     add("--class_weights", choices=["none", *CLASS_WEIGHTS], default="none", help=text)
-    text = "iterations between validations; 0: one epoch"
-    add("--val_interval", metavar="N", type=number(int, 0), default=0, help=text)
-    text = "images of one size per validation batch, at native size"
-    add("--val_batch_size", metavar="N", type=count, default=8, help=text)
+    add("--val_interval", metavar="N", type=number(int, 0), default=0, help="iterations per validation; 0: one epoch")
+    add("--val_batch_size", metavar="N", type=count, default=8, help="images of one size per validation batch")
     add("--print_interval", metavar="N", type=count, default=10, help="iterations between loss lines")
     text = "seed of weights, order and augmentation"
     add("--random_seed", metavar="N", type=number(int, 0, 2**32 - 1), default=1, help=text)
     add("--device", metavar="NAME", default="auto", help="auto: cuda if available, otherwise cpu")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
-    add("--compile", action="store_true", help="torch.compile the training step; without it if that fails")
+    add("--compile", action="store_true", help="use torch.compile; if it fails, train without it")
 
     add = parser.add_argument_group("run").add_argument
     add("--run_name", type=inner_path, metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
@@ -177,21 +170,16 @@ def get_parser() -> argparse.ArgumentParser:
     add("--ckpt", type=any_path, metavar="FILE", help=text)
     add("--export", type=any_path, metavar="FILE.onnx", help="write --ckpt as ONNX, check it, and exit")
     add("--export_opset", metavar="N", type=int, default=18, help="ONNX opset for --export: 18 to 23")
-    text = "start from whatever fits in this checkpoint: other classes or the other head"
+    text = "start from the tensors of this checkpoint that fit: other classes or another head"
     add("--init_from", type=any_path, metavar="FILE", help=text)
     add("--continue_training", action="store_true", help="resume from the run's latest.pth, or from --ckpt")
-    text = "evaluate --ckpt (or the run's best.pth) on --val_split"
-    add("--test_only", action="store_true", help=text)
-    text = "save predicted masks and overlays of the evaluated images"
-    add("--save_val_results", action="store_true", help=text)
+    add("--test_only", action="store_true", help="evaluate --ckpt (or the run's best.pth) on --val_split")
+    add("--save_val_results", action="store_true", help="save predicted masks and overlays of the evaluated images")
 
     add = parser.add_argument_group("test (with --test_only)").add_argument
-    text = "average over flip and scales, such as flip,0.5,0.75,1.0,1.25,1.5,1.75"
-    add("--tta", metavar="LIST", type=_tta, help=text)
-    text = "output stride for the test, if other than in training"
-    add("--eval_output_stride", type=int, choices=[16, 8], help=text)
-    text = "score centre crops of --crop_size: comparable with other such scores only"
-    add("--crop_val", action="store_true", help=text)
+    add("--tta", metavar="LIST", type=_tta, help="average flip and scales, such as flip,0.5,0.75,1.0,1.25,1.5,1.75")
+    add("--eval_output_stride", type=int, choices=[16, 8], help="output stride of the test (default: as trained)")
+    add("--crop_val", action="store_true", help="score centre crops of --crop_size; comparable only with such scores")
 
     add = parser.add_argument_group("dashboard").add_argument
     add("--enable_vis", action="store_true", help="send curves to a visdom server")

@@ -1,4 +1,4 @@
-"""The folder of a run: which one, what it starts from, and the files in it."""
+"""Manages the folder of a run: finds it and what it starts from, and writes its files."""
 
 import argparse
 import contextlib
@@ -48,7 +48,8 @@ class RunLog(logging.Handler):
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # the terminal or the reading program is gone: training continues
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
         self._early.append(line)
         if self.path is not None:
             lines, self._early = self._early, []
@@ -60,12 +61,15 @@ class RunLog(logging.Handler):
 
 
 class Run:
-    """`runs/<run_name>`. Nothing is written before `start`. Only the main process writes; as a context manager it
-    releases the lock and the log and, after an error, prints which checkpoint is kept."""
+    """The folder `runs/<run_name>`. Nothing is written before `start`, and only the main process writes.
+
+    As a context manager it releases the lock and the log and, after an error, prints which checkpoint is kept.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damaged: Path | None = None  # a latest.pth that does not load
+        self.kept: tuple[Path, int] | None = None  # what a resumed run starts from, and its iteration
         self._log: RunLog | None = None
         self._lock: FileLock | None = None
         self._made: list[Path] = []  # folders that the lock needed, the innermost first
@@ -78,7 +82,7 @@ class Run:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._lock and self._log.path and isinstance(error, Exception) and not is_lost_process(error):
-            print(self.kept(), flush=True)
+            print(self.closing_line(), flush=True)
         self.close()
 
     @property
@@ -136,18 +140,20 @@ class Run:
         *,
         resumed_at: int = 0,
     ) -> None:
-        """Writes options.json, begins log.txt and writes down how a folder without lists was divided into `splits`.
+        """Writes options.json, begins log.txt and records the `splits` of a folder without lists.
 
-        resumed_at: the iteration of the last validation before the checkpoint; later rows of the history are dropped,
-        and a damaged latest.pth is renamed. Raises InputError if the folder cannot be written.
+        resumed_at: the iteration of the last validation before the checkpoint; later rows of the history are dropped.
+        A damaged latest.pth is renamed. Raises InputError if the folder cannot be written.
         """
         make_folder(self.folder)
         try:
             for name in (*CHECKPOINTS, *TABLES):
-                temporary_of(self.folder / name).unlink(missing_ok=True)  # left by a kill during a write
+                # A kill during a write may have left it.
+                temporary_of(self.folder / name).unlink(missing_ok=True)
             if self.damaged and self.damaged.exists():
                 self.damaged.replace(self.damaged.with_suffix(".damaged.pth"))
-            if not resumed_at and (self.folder / "splits").is_dir():  # perhaps left by a start that failed
+            # A start that failed may have left its splits.
+            if not resumed_at and (self.folder / "splits").is_dir():
                 shutil.rmtree(self.folder / "splits")
         except OSError as error:
             raise cannot_write(self.folder, error) from None
@@ -176,16 +182,16 @@ class Run:
             raise InputError(f"{path}: not a history that main.py wrote; restore it or remove it") from None
 
     def add_validation(
-        self, state: TrainingState, matrix: torch.Tensor, class_names: list[str], *, began: float, trained: float
+        self, state: TrainingState, matrix: torch.Tensor, class_names: list[str], *, trained: float
     ) -> list[dict[str, float]]:
         """Logs a validation, writes its tables and adds a row to history.csv; returns all rows.
 
-        began, trained: when training since the previous row began and ended, by `time.perf_counter`.
+        trained: when training since the previous row ended, by `time.perf_counter`.
         """
         self.write_scores(state.scores, matrix, class_names)
         row = {"epoch": state.epoch, "itr": state.itr, "loss": state.loss, "lr": state.lr}
         row |= {column: state.scores[name] for column, name in SCORE_COLUMNS.items()}
-        row |= {"train_seconds": trained - began, "val_seconds": time.perf_counter() - trained}
+        row |= {"train_seconds": trained - state.clock, "val_seconds": time.perf_counter() - trained}
         row |= {"peak_memory_mb": peak_memory_mb(state.model.device)}
         rows = [*self.history(), row]
         self._write_history(rows)
@@ -198,7 +204,7 @@ class Run:
         write_csv(self.folder / "history.csv", HISTORY, table)
 
     def write_scores(
-        self, scores: dict, matrix: torch.Tensor, class_names: list[str], boundary_iou: list[float] | None = None
+        self, scores: dict, matrix: torch.Tensor, class_names: list[str], *, boundary_iou: list[float] | None = None
     ) -> None:
         """Logs the scores and writes `class_iou.csv` and `confusion_matrix.csv` (rows = target)."""
         log.info("\n".join([*format_scores(scores), *format_class_table(scores, class_names, boundary_iou)]))
@@ -211,19 +217,17 @@ class Run:
         self, name: str, state: TrainingState, *, opts: argparse.Namespace, dataset: SegmentationDataset
     ) -> None:
         """Saves a checkpoint; the latest.pth before it stays as latest.prev.pth."""
-        about = environment(state.model.device)
         path = self.folder / name
-        state.save(path, opts=opts, dataset=dataset, about=about, keep_previous=name == "latest.pth")
+        state.save(path, opts=opts, dataset=dataset, keep_previous=name == "latest.pth")
+        if name == "latest.pth" or self.kept is None:  # which is what a resumed run starts from
+            self.kept = path, state.itr
         log.info(f"Model saved as {path}")
 
-    def kept(self) -> str:
+    def closing_line(self) -> str:
         """Says which checkpoint is kept and how to resume from it."""
-        for name in CHECKPOINTS:
-            path = self.folder / name
-            with contextlib.suppress(InputError):
-                flags = f"--ckpt {path} --continue_training" if name == "best.pth" else "--continue_training"
-                return f"Kept: {path} of iteration {load_checkpoint(path)['cur_itrs']}. Add {flags} to resume."
-        return "No checkpoint was saved: the same command starts from the beginning."
+        if self.kept and self.kept[0].exists():
+            return f"Kept: {self.kept[0]} of iteration {self.kept[1]}. Add --continue_training to resume."
+        return "No checkpoint was saved. Add --continue_training to start from the beginning under the same name."
 
 
 def open_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
@@ -232,14 +236,14 @@ def open_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
     | flags               | the run            | starts from                                                  |
     | (none)              | new                | --ckpt's weights if given, otherwise from scratch            |
     | (none)              | exists             | refused: --continue_training or another --run_name is needed |
-    | --continue_training | has a checkpoint   | latest.pth, or latest.prev.pth if that is damaged            |
+    | --continue_training | has a checkpoint   | latest.pth, latest.prev.pth if that is damaged, or best.pth  |
     | --continue_training | has none           | --ckpt with its training state if given, otherwise scratch   |
     | --test_only         | may exist          | --ckpt, or the run's best.pth; writes to test_<split>        |
 
     A restart by torchrun counts as --continue_training if the run has a checkpoint of its own, otherwise as a first
     start. Fills in `opts.run_name` and `opts.ckpt`; a restart sets `opts.continue_training`, and a test takes
     `opts.random_seed` from its checkpoint, because the seed divides folders without lists. The run holds its lock and
-    its log: close it. Raises InputError if the run cannot start like this; then nothing is written.
+    its log: close it. Raises InputError, and writes nothing, if the run cannot start like this.
     """
     checkpoint = load_checkpoint(opts.ckpt, model=opts.model) if opts.ckpt else None
     opts.run_name = opts.run_name or default_run_name(opts, checkpoint)
@@ -261,24 +265,28 @@ def open_run(opts: argparse.Namespace) -> tuple[Run, dict | None]:
 
 
 def _open_training(opts: argparse.Namespace, run: Run, checkpoint: dict | None) -> dict | None:
-    latest = run.folder / "latest.pth"
-    has_checkpoint = latest.exists() or previous_of(latest).exists()
+    own = run.folder / "latest.pth"
+    if not (own.exists() or previous_of(own).exists()):
+        own = run.folder / "best.pth"  # a kill came before the first latest.pth
+    has_checkpoint = own.exists() or previous_of(own).exists()
     if restarted() and _job_of(run) == job_id():
         opts.continue_training |= has_checkpoint
     elif run.exists and not opts.continue_training:
         raise InputError(f"{run.folder}: this run exists; add --continue_training, or give another --run_name")
     if opts.continue_training and has_checkpoint:
-        newest, loaded, damage = load_newest(latest)
+        newest, loaded, damage = load_newest(own)
         if damage:
             log.warning(f"{str(damage).removeprefix('--ckpt ')}; resuming from {newest}")
-            run.damaged = latest
-        elif checkpoint and Path(opts.ckpt) != latest:
-            log.info(f"{latest} exists: resuming from it, not from {opts.ckpt}")
-        opts.ckpt, checkpoint = str(newest), loaded
-    elif opts.continue_training and checkpoint is None:
+            run.damaged = own
+        elif checkpoint and Path(opts.ckpt) != own:
+            log.info(f"{own} exists: resuming from it, not from {opts.ckpt}")
+        opts.ckpt, checkpoint, run.kept = str(newest), loaded, (newest, loaded["cur_itrs"])
+    elif opts.continue_training and checkpoint:
+        checkpoint |= {"best_score": -1.0, "best_itr": 0}  # the best model of another run is not in this one
+    elif opts.continue_training:
         known = sorted(path.parent.name for path in run.folder.parent.glob("*/latest.pth"))
         others = f" (existing runs: {', '.join(known[:10])})" if known else ""
-        log.info(f"{latest} does not exist: starting from the beginning{others}")
+        log.info(f"{run.folder / 'latest.pth'} does not exist: starting from the beginning{others}")
     if opts.continue_training and checkpoint and (source := checkpoint.get("published")):
         raise InputError(
             f"--ckpt {opts.ckpt}: has only weights ({source}), no training state to resume; leave out "
@@ -329,8 +337,10 @@ def default_run_name(opts: argparse.Namespace, checkpoint: dict | None) -> str:
 
 
 def folder_of_test(opts: argparse.Namespace, trained: dict) -> str:
-    """Returns `test_<split>` and whatever differs from the plain evaluation on the training's data (options
-    `trained`), so that no evaluation overwrites another."""
+    """Returns `test_<split>` with a suffix for each deviation, so that no evaluation overwrites another.
+
+    A deviation is a flag of the test, or other data than in the options `trained`.
+    """
     now, then = ((known.get("dataset"), known.get("data_root")) for known in (vars(opts), trained))
     data = "" if None in then or now == then else f"_{opts.dataset}_{Path(opts.data_root).resolve().name}"
     stride = f"_os{opts.eval_output_stride}" if opts.eval_output_stride else ""

@@ -1,4 +1,4 @@
-"""Stop signals: the first one asks a training to save and exit, a later one ends it at once."""
+"""Handles stop signals: the first one asks a training to save and exit, a later one ends it at once."""
 
 import logging
 import os
@@ -24,9 +24,11 @@ class StopSignals:
         self._agreed = False  # whether all processes know
         self._noted: float | None = None  # when this process received its own first signal
         self._before = {}
-        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        # No other thread may set handlers.
+        if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-            wanted = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup's choice
+            # nohup ignores SIGHUP, and so does this process then.
+            wanted = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._note) for number in wanted}
 
     def close(self) -> None:
@@ -44,7 +46,8 @@ class StopSignals:
     def requested(self) -> bool:
         """Whether any process has received a signal. All processes must ask, and all get the same answer."""
         if not self._agreed:
-            agreed = all_max(self.received)  # a signal that arrives during the exchange counts next time
+            # A signal that arrives during the exchange counts next time.
+            agreed = all_max(self.received)
             if agreed:
                 self._agreed, self.received = True, agreed
                 log.info(f"{signal.Signals(agreed).name}: saving; another signal ends the training without saving")

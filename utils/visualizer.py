@@ -1,9 +1,9 @@
-"""The live dashboard of a training run: curves, tables and images on a visdom server, or a silent stand-in.
+"""Shows a training run live: curves, tables and images on a visdom server, or a silent stand-in.
 
     python -m visdom.server -port 8097 -bind_local  # first, in another terminal; see docs/dashboard.md
     python main.py --enable_vis --vis_port 8097 --vis_env main
 
-A dashboard must never delay training, let alone end it. So no method here talks to the server: each one leaves the
+A dashboard must never delay training, let alone end it. So no method here talks to the server: each one hands the
 newest state of its window to a daemon thread, which sends what has changed. If the server does not accept it, the
 thread gives up for good, with one warning. (visdom by itself waits forever for a server that hangs, and prints a
 traceback for every call to a server that is gone.)
@@ -168,7 +168,8 @@ class Visualizer:
                 for send in sends.values():
                     self._try(partial(send, vis))
                 self._pause()
-            self._try(partial(vis.save, [env]))  # otherwise a restart of the server loses everything
+            # Otherwise a restart of the server loses everything.
+            self._try(partial(vis.save, [env]))
         except Exception as error:  # whatever happened, training goes on
             with self._changed:
                 self._trouble, self._pending = self._trouble or str(error) or type(error).__name__, {}
@@ -193,7 +194,8 @@ class Visualizer:
         with self._changed:
             lines = {name: np.array(_thin(line)) for name, line in self._lines[window].items()}
         points = np.concatenate(list(lines.values()))  # [N,2]
-        points[~np.isfinite(points)] = np.nan  # infinity is not JSON and would break the page
+        # Infinity is not JSON and would break the page.
+        points[~np.isfinite(points)] = np.nan
         labels = np.repeat(np.arange(len(lines)) + 1, [len(line) for line in lines.values()])  # [N]
         # Markers show each of a few points, such as one per validation; a single point would be invisible without.
         mode = "lines+markers" if len(points) <= 50 * len(lines) else "lines"
@@ -207,7 +209,8 @@ def _thin(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Keeps every 1st, 2nd, 4th ... point and the last one, at most MAX_POINTS in total."""
     stride = 1
     while len(line) > (MAX_POINTS - 1) * stride:
-        stride *= 2  # doubling, so that a growing line keeps points that were shown before
+        # Doubled, so that a growing line keeps points that were shown before.
+        stride *= 2
     return line[:-1:stride] + line[-1:]
 
 
@@ -222,7 +225,8 @@ def _send_image(window: str, image: np.ndarray, caption: str, vis: Any) -> None:
     shown = min(width, IMAGE_WIDTH)
     # The caption goes into the title because visdom draws its own captions twice, and across the image.
     opts = {"title": f"{window}: {caption}", "width": shown, "height": height * shown // width}
-    vis.image(image, win=window, opts=opts | {"jpgquality": 90})  # PNG takes 13 times as long and 6 times the bytes
+    # JPEG, because PNG takes 13 times as long and 6 times the bytes.
+    vis.image(image, win=window, opts=opts | {"jpgquality": 90})
 
 
 def _connect(port: int, env: str) -> Any:
@@ -234,7 +238,8 @@ def _connect(port: int, env: str) -> Any:
 
     class Client(visdom.Visdom):
         def _handle_post(self, url: str, data: Any = None) -> str:
-            self.session.trust_env = False  # otherwise HTTP_PROXY is used even for 127.0.0.1
+            # Otherwise HTTP_PROXY is used even for 127.0.0.1.
+            self.session.trust_env = False
             try:
                 answer = self.session.post(url, data, timeout=POST_SECONDS, allow_redirects=False)
             except OSError as error:  # the base of all errors of requests
@@ -244,7 +249,8 @@ def _connect(port: int, env: str) -> Any:
                 raise RuntimeError(f"{url} answered {answer.status_code}; is it visdom's server?")
             return answer.text
 
-    logging.getLogger("visdom").setLevel(logging.CRITICAL)  # it logs every session that it opens
+    # It logs every session that it opens.
+    logging.getLogger("visdom").setLevel(logging.CRITICAL)
     # Without `send` the constructor contacts no server and starts no thread.
     client = Client("http://127.0.0.1", port=port, env=env, send=False, use_incoming_socket=False)
     client.send = True
@@ -252,7 +258,7 @@ def _connect(port: int, env: str) -> Any:
 
 
 def build_visualizer(enabled: bool, *, port: int, env: str) -> Visualizer | SilentVisualizer:
-    """Returns the dashboard on the visdom server at 127.0.0.1:`port`, or the stand-in, at once in either case.
+    """Returns, without delay, the dashboard on the visdom server at 127.0.0.1:`port`, or the stand-in.
 
     If the dashboard is given up, it logs one warning. Call `close()` when training ends.
     """

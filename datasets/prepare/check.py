@@ -33,7 +33,7 @@ class _OpenAnyway:
     refusal: InputError | None = None
 
     def require_masks(self) -> None:
-        """Accepts missing masks, because each becomes a finding of its own."""
+        """Accepts missing masks, because each becomes a separate finding."""
 
     def require_apart(self, path: Path, ids: list[str], val_ids: list[str]) -> None:
         try:
@@ -67,7 +67,7 @@ def check_dataset(
     findings, opened, paths = [], {}, {}
     for split in splits or _all_splits(lists, year):
         try:
-            opened[split] = _open(name, root, split, year)
+            opened[split] = _open(name, root, split, year=year)
             augmented = (name, year) == ("voc", "2012_aug") and split in ("train", "train_aug")
             paths[split] = str(augmented_list(root, lists) if augmented else lists / f"{split}.txt")
         except InputError as error:
@@ -81,12 +81,13 @@ def check_dataset(
 
 
 def _all_splits(lists: Path, year: str) -> list[str]:
-    names = {path.stem for path in lists.glob("*.txt")} - {"train_aug"}  # the train split of 2012_aug only
+    # train_aug is the train split of 2012_aug only.
+    names = {path.stem for path in lists.glob("*.txt")} - {"train_aug"}
     names |= {"train"} if year == "2012_aug" else set()
     return sorted(names, key=lambda name: (name not in ("train", "val"), name)) or ["train", "val"]
 
 
-def _open(name: str, root: Path, split: str, year: str) -> SegmentationDataset:
+def _open(name: str, root: Path, split: str, *, year: str) -> SegmentationDataset:
     if name == "voc":
         return _VOC(root, year, split)
     if name == "shapes":
@@ -132,7 +133,8 @@ def _attempt(findings: list[Finding], function: Callable, *arguments: object) ->
 
 
 def _emptiness(mask: torch.Tensor, first_class: str) -> str:
-    ids = mask.numpy()  # on so little data torch's threads cost more than they gain
+    # NumPy, because on so little data torch's threads cost more than they gain.
+    ids = mask.numpy()
     labelled = ids[ids != VOID]
     if not labelled.size:
         return "the whole mask is void; annotate it, or remove its id from the list"
@@ -142,7 +144,8 @@ def _emptiness(mask: torch.Tensor, first_class: str) -> str:
 
 
 def _missing(problem: str, paths: list[Path], total: int) -> list[Finding]:
-    if paths and len(paths) == total:  # one cause, one finding
+    # One cause, one finding.
+    if paths and len(paths) == total:
         return [Finding(str(paths[0]), f"{problem} ({total:,} of {total:,}); add them", fatal=True)]
     return [Finding(str(path), f"{problem}; add it, or remove its id from the list", fatal=True) for path in paths]
 
@@ -158,7 +161,8 @@ def _check_lists(
             yield Finding(paths[split], f"{_some(twice)} listed more than once; keep one line each", fatal=False)
     for one, other in _lists_apart(opened):
         shared = sorted(set(opened[one].ids) & set(opened[other].ids))
-        if shared and not (opened[one].refusal and other == "val"):  # the refusal reports these already
+        # A refusal has reported those of val already.
+        if shared and not (opened[one].refusal and other == "val"):
             problem = f"{_some(shared)} also in {other}, so its scores are too high; remove them from one list"
             yield Finding(paths[one], problem, fatal=False)
         for copy, original in _same_images(opened[one], opened[other], leave_out):
@@ -177,7 +181,8 @@ def _lists_apart(names: Iterable[str]) -> list[tuple[str, str]]:
 
 def _same_images(one: SegmentationDataset, other: SegmentationDataset, leave_out: set[str]) -> list[tuple[str, str]]:
     """Returns (path in `other`, id in `one`) of images that are byte-identical under two ids."""
-    by_size = defaultdict(lambda: ([], []))  # only files of equal length need reading
+    # Only files of equal length need reading.
+    by_size = defaultdict(lambda: ([], []))
     for side, dataset in enumerate((one, other)):
         for id, path in zip(dataset.ids, dataset.images, strict=True):
             if path.is_file() and str(path) not in leave_out:
@@ -191,7 +196,7 @@ def _same_images(one: SegmentationDataset, other: SegmentationDataset, leave_out
 
 
 def _without_masks(opened: dict[str, SegmentationDataset]) -> Iterable[Finding]:
-    """Finds images that stay unused, if there are no lists and the masks decide which ids there are."""
+    """Finds images without a mask, which stay unused if there are no lists."""
     divided = [opened[split] for split in ("train", "val") if split in opened and opened[split].made_split]
     if len(divided) == 2:
         folder = divided[0].folder / "JPEGImages"

@@ -40,8 +40,8 @@ def download_voc(
     A tar in `root` is used. Without one, the URLs in `sources` (default: torchvision's, then `MIRRORS`) are tried in
     turn; a source is given up after `timeout` seconds of silence. An interrupted download resumes where it stopped.
     "2012_aug" fetches the same data, because no URL is known for its additional masks (SegmentationClassAug).
-    Raises InputError for any other year, for a tar that is unusable or has the wrong md5, for an incomplete folder
-    VOC2012, for a `root` that cannot be written, and if all sources fail.
+    Raises InputError for any other year, for a tar that is unusable or has the wrong md5, and for an incomplete
+    folder VOC2012. It also does if `root` cannot be written or all sources fail.
     """
     if year not in ("2012", "2012_aug"):
         raise InputError(f"--year {year}: only 2012 and 2012_aug can be downloaded; omit --download")
@@ -52,7 +52,8 @@ def download_voc(
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / f"{tar.name}.lock"):
-            if not (missing := _missing_folders(voc)):  # another process finished while this one waited
+            # Perhaps another process finished while this one waited.
+            if not (missing := _missing_folders(voc)):
                 return voc
             # Ours appears only when complete, so this one is the user's: never delete it or mix files into it.
             if voc.exists():
@@ -111,7 +112,8 @@ def _fetch(url: str, part: Path, *, md5: str, timeout: float) -> str | None:
         except (OSError, HTTPException) as error:
             if getattr(error, "errno", None) in DISK_ERRORS:
                 raise
-            if _size(part) > before:  # the connection broke, but the source works: request the rest
+            # The connection broke, but the source works: request the rest.
+            if _size(part) > before:
                 continue
             if isinstance(error, urllib.error.HTTPError):
                 return f"HTTP {error.code}"
@@ -122,7 +124,8 @@ def _fetch(url: str, part: Path, *, md5: str, timeout: float) -> str | None:
         part.unlink()
         if from_start:
             return f"its md5 is {found}"
-        from_start = True  # the earlier bytes may be at fault: try once more without them
+        # The earlier bytes may be at fault: try once more without them.
+        from_start = True
 
 
 def _size(path: Path) -> int:
@@ -132,7 +135,8 @@ def _size(path: Path) -> int:
 def _transfer(url: str, part: Path, timeout: float) -> None:
     """Appends the missing rest of `url` to `part`. Rewrites `part` if the server ignores the Range header."""
     start = _size(part)
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})  # hosts refuse urllib's
+    # Some hosts refuse urllib's user agent.
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
     if start:
         request.add_header("Range", f"bytes={start}-")
     print(f"downloading {url} from byte {start}", flush=True)
@@ -140,17 +144,20 @@ def _transfer(url: str, part: Path, timeout: float) -> None:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416 and start:  # nothing left to send; the md5 shows whether that is true
+        # Nothing is left to send; the md5 shows whether that is true.
+        if error.code == 416 and start:
             return
         raise
     with response:
         if response.headers.get_content_type() == "text/html":
-            raise OSError("a web page")  # from a host that moved; it must not replace the bytes already there
+            # From a host that moved; it must not replace the bytes already there.
+            raise OSError("a web page")
         mode, start = ("ab", start) if response.status == 206 else ("wb", 0)
         total = None if response.length is None else start + response.length
         bar = tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True, disable=None)
         with bar, part.open(mode) as file:
-            while chunk := response.read1(1 << 20):  # if the connection breaks, read() loses what it has received
+            # If the connection breaks, read() loses what it has received.
+            while chunk := response.read1(1 << 20):
                 bar.update(file.write(chunk))
     if total is not None and _size(part) < total:
         raise OSError(f"stopped at byte {_size(part)} of {total}")
@@ -159,7 +166,8 @@ def _transfer(url: str, part: Path, timeout: float) -> None:
 def _extract(tar: Path, voc: Path, *, inside: str) -> None:
     """Moves the tar's folder `inside` to `voc` in one step, so that an interrupted extraction leaves no `voc`."""
     staging = voc.with_name(f"{voc.name}.part")
-    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process; we hold the lock
+    # A killed process may have left it; we hold the lock.
+    shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
         with (

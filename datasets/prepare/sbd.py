@@ -48,10 +48,10 @@ def built_ids(root: str | Path) -> list[str] | None:
 
 
 def build(sbd: str | Path, root: str | Path) -> dict[str, int]:
-    """Writes `SegmentationClassAug/<id>.png`, then `train_aug.txt`. Masks left by an interrupted build are rewritten.
+    """Writes `SegmentationClassAug/<id>.png`, then `train_aug.txt`. Rewrites masks that an interrupted build left.
 
     sbd: `benchmark.tgz` (compressed or not; nothing is extracted to disk) or the extracted folder.
-    Returns the number of masks from "sbd" and from "voc", and of those of SBD left out because they are in "val".
+    Returns the number of masks from "sbd" and from "voc", and of SBD's masks left out because they are in "val".
     Raises InputError for missing, damaged or truncated files, and for a mask that does not match its image.
     """
     sbd, root = Path(sbd), Path(root)
@@ -143,7 +143,8 @@ def _files(sbd: Path) -> Iterator[tuple[str, bytes]]:
     except InputError:
         raise
     except DAMAGED as error:
-        reason = " ".join(str(error).split())  # tarfile writes a line for each compression
+        # tarfile writes a line for each compression.
+        reason = " ".join(str(error).split())
         raise InputError(f"--sbd {sbd}: cannot be read ({reason}); get it again from {SBDataset.url}") from None
 
 

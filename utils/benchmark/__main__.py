@@ -34,12 +34,13 @@ MATRIX = 4096  # side of the matrices whose product gives the device's rate
 
 
 def cuda_memory(name: str, opts: argparse.Namespace, *, ours: bool) -> tuple[float, float]:
-    """Returns the peak memory, allocated and reserved, in MB, of one side with the device to itself."""
+    """Returns the peak memory of one side, allocated and reserved, in MB. It has the device to itself."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(opts.device)
     measurement = PARTS[name](opts, ours=ours)
-    for _ in range(2):  # the first step creates the optimizer's state
+    # Twice, because the first step creates the optimizer's state.
+    for _ in range(2):
         measurement()
     return peak_memory_mb(opts.device), torch.cuda.max_memory_reserved(opts.device) / 2**20
 
@@ -52,7 +53,8 @@ def measure(name: str, opts: argparse.Namespace) -> dict:
             allocated, reserved = cuda_memory(name, opts, ours=ours)
             memory |= {f"{prefix}peak_memory_mb": allocated, f"{prefix}reserved_memory_mb": reserved}
     ours, reference = PARTS[name](opts, ours=True), PARTS[name](opts, ours=False)
-    _, *turns = [(ours(), reference()) for _ in range(1 + opts.repeats)]  # the first turn is the warm-up
+    # The first turn is the warm-up.
+    _, *turns = [(ours(), reference()) for _ in range(1 + opts.repeats)]
     ms, reference_ms = (1e3 * statistics.median(side) for side in zip(*turns, strict=True))
     unit, images = ("ms/step", opts.step_batch_size) if name in STEPS else ("ms/image", 1)
     row = {"part": name, "unit": unit, "ours": ms, "reference": reference_ms, "ratio": reference_ms / ms}
@@ -61,8 +63,11 @@ def measure(name: str, opts: argparse.Namespace) -> dict:
 
 
 def floors(opts: argparse.Namespace) -> dict[str, float]:
-    """Estimates a floor in ms for each part and prints how: decoding the files, and the plain network's operations at
-    the rate of a large matrix product in the same dtype. Code that skips products with padding can go below it."""
+    """Estimates a floor in ms for each part and prints how it was found.
+
+    It is the time to decode the files, and the plain network's operations at the rate of a large matrix product in
+    the same dtype. Code that skips products with padding can go below it.
+    """
     split, start = build_dataset("folder", opts.folder, "train"), time.perf_counter()
     for path in [*split.images, *split.masks]:
         with Image.open(path) as image:

@@ -42,7 +42,7 @@ IOU = "test IoU "  # begins the column of a class
 
 @dataclass
 class Experiment:
-    """One run of the list: the arguments of its training, and the same parsed."""
+    """One run of the list: the arguments of its training, as given and parsed."""
 
     label: str
     arguments: list[str]
@@ -66,13 +66,15 @@ class Experiment:
         if self.trained() and (not split or (self.folder / f"test_{split}" / "class_iou.csv").is_file()):
             return 0
         if split:
-            try:  # a wrong --test_split shows now, not after hours of training
+            # A wrong --test_split shows now, not after hours of training.
+            try:
                 with contextlib.chdir(ROOT):
-                    open_split(self.opts, split, eval_transform(), None, self.folder / "splits")
+                    open_split(self.opts, split, eval_transform(), checkpoint=None, lists=self.folder / "splits")
             except InputError as error:
                 print(f"experiments.py: error: {error}; or give another --test_split, or none", file=sys.stderr)
                 return 2
-        code = run_main([*self.arguments, "--continue_training"])  # exits at once if only the test is missing
+        # This exits at once if only the test is missing.
+        code = run_main([*self.arguments, "--continue_training"])
         test = ["--test_only", "--ckpt", str(self.folder / "best.pth"), "--val_split", split]
         return run_main([*self.arguments, *test]) if split and not code else code
 
@@ -100,11 +102,11 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise InputError(f"{path}: is damaged; restore it or remove it") from None
+        raise InputError(f"{path}: not valid JSON; restore it or remove it") from None
 
 
 def run_main(arguments: list[str]) -> int:
-    """Runs main.py and returns its exit code. If the user stops this script, it waits until main.py has saved."""
+    """Runs main.py and returns its exit code. If the user stops this script, main.py may save first."""
     process = subprocess.Popen([sys.executable, "main.py", *arguments], cwd=ROOT)
     try:
         code = process.wait()
@@ -113,7 +115,8 @@ def run_main(arguments: list[str]) -> int:
         code = process.wait()
     except KeyboardInterrupt:  # the terminal has sent it to both
         code = process.wait()
-    code = 128 - code if code < 0 else code  # ended by a signal: the exit code that a shell shows
+    # Below 0 it was ended by a signal; take the exit code that a shell shows.
+    code = 128 - code if code < 0 else code
     if code in (130, 143):
         raise SystemExit(code)
     return code
@@ -173,7 +176,8 @@ def require_same_flags(run: Experiment) -> None:
     """Raises InputError if the run exists and was trained with flags other than those in the list."""
     path, listed = run.folder / "options.json", vars(run.opts)
     stored = read_json(path) if path.is_file() else {}
-    if not run.opts.ckpt:  # otherwise the checkpoint decides on the model
+    # With --ckpt the checkpoint decides on the model.
+    if not run.opts.ckpt:
         resolve_model(run.opts, None)
     for name in sorted((stored.keys() & listed.keys()) - IGNORED):
         if listed[name] not in (None, stored[name]):
@@ -257,5 +261,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that run_main ends main.py
+    # As an exception, so that run_main ends main.py.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()

@@ -62,8 +62,10 @@ def peak_of_step(opts: argparse.Namespace, amp: torch.dtype | None) -> dict[str,
         with tracker:
             for _ in range(2):
                 optimizer.zero_grad(set_to_none=True)
-                for _ in range(min(opts.grad_accum, 2)):  # a third part takes what the second does
-                    tracker.reset_mod_stats()  # it follows one forward pass
+                # Two parts are enough: a third takes what the second does.
+                for _ in range(min(opts.grad_accum, 2)):
+                    # The tracker follows one forward pass.
+                    tracker.reset_mod_stats()
                     images = torch.empty(opts.batch_size // opts.grad_accum, 3, *size, dtype=torch.uint8)
                     targets = torch.empty(len(images), *size, dtype=torch.uint8)
                     forward_backward(model, criterion, images, targets, scaler=scaler, amp=amp)
@@ -84,7 +86,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(opts, name):
             raise InputError(f"--{name}: {advice}")
     check_options(opts)
-    train_transform(opts.crop_size)  # refuses a crop that no training could have
+    # Refuses a crop that no training could have.
+    train_transform(opts.crop_size)
     resolve_model(opts, None)
     opts.num_classes = opts.num_classes or CLASSES.get(opts.dataset)
     if opts.num_classes is None:

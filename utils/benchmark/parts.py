@@ -132,12 +132,13 @@ def loader(opts: argparse.Namespace, *, ours: bool, workers: int = 0, like_for_l
     source = our_loader(opts, opts.crop_size, opts.batch_size, itrs=itrs, workers=workers)
     if not like_for_like:
         return timed_loader(source, opts.device)
-    model = speed_up(build_model(opts.model, num_classes=NUM_CLASSES))  # on the CPU, where the batches are
+    # On the CPU, where the batches are.
+    model = speed_up(build_model(opts.model, num_classes=NUM_CLASSES))
     return timed_loader(source, opts.device, use=lambda images, masks: model.normalize(images))
 
 
 def confusion_matrix(opts: argparse.Namespace, *, ours: bool) -> Measurement:
-    """Measures the counting of one image whose two label maps are on the device."""
+    """Measures the confusion matrix of one image whose two label maps are on the device."""
     target = build_dataset("folder", opts.folder, "train").mask(0).to(opts.device)[None]  # [1, H, W]
     shifted = target.roll((3, 5), (1, 2))
     prediction = shifted.where(shifted != VOID, 0)
@@ -189,7 +190,8 @@ def resident_batch(opts: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor
 def train_step(opts: argparse.Namespace, *, ours: bool, float32: bool = False, compile: bool = False) -> Measurement:
     """Measures a training step on a batch on the device; the reference's images are normalised already."""
     images, targets = resident_batch(opts)
-    calls = 10 if opts.device.type == "cuda" else 1  # a GPU lags behind, and the wait at the end should not count
+    # A GPU lags behind, and the wait at the end should not count.
+    calls = 10 if opts.device.type == "cuda" else 1
     if ours:
         step = training_step(opts, None if float32 else opts.amp, compile=compile)
         return timed(lambda: step(images, targets), opts.device, calls=calls)
@@ -207,8 +209,10 @@ def train_step(opts: argparse.Namespace, *, ours: bool, float32: bool = False, c
 
 
 def decoder(opts: argparse.Namespace, *, ours: bool) -> Measurement:
-    """Measures the decoder's convolution in a training step, with its gradients: ours before upsampling, as on a CPU,
-    the reference after it. Shows whether ours would pay on a GPU too."""
+    """Measures the decoder's convolution in a training step, with its gradients.
+
+    Ours comes before upsampling, as on a CPU, the reference after it. Shows whether ours would pay on a GPU too.
+    """
     batch, side = opts.step_batch_size, -(-opts.step_crop_size // 4)
     maps = torch.randn(batch, 48, side, side), torch.randn(batch, 256, -(-side // 4), -(-side // 4))
     maps = [x.to(opts.device, opts.amp, memory_format=torch.channels_last).requires_grad_() for x in maps]
@@ -223,8 +227,10 @@ def decoder(opts: argparse.Namespace, *, ours: bool) -> Measurement:
 
 
 def train_from_loader(opts: argparse.Namespace, *, ours: bool) -> Measurement:
-    """Measures training from files against the same steps on one resident batch: the ratio is the share of the time
-    in which the device computes."""
+    """Measures training from files against the same steps on one resident batch.
+
+    The ratio is the share of the time in which the device computes.
+    """
     step, size = training_step(opts, opts.amp), opts.step_batch_size
     if not ours:
         images, targets = resident_batch(opts)
@@ -234,9 +240,10 @@ def train_from_loader(opts: argparse.Namespace, *, ours: bool) -> Measurement:
 
 
 def validation(opts: argparse.Namespace, *, ours: bool) -> Measurement:
-    """Measures from the files to the confusion matrix, at native size."""
+    """Measures a validation at native size, from the files to the confusion matrix."""
     dataset = build_dataset("folder", opts.folder, "val", eval_transform())
-    workers = opts.num_workers if opts.device.type == "cuda" else 0  # on the CPU they would compete with the model
+    # On the CPU workers would compete with the model.
+    workers = opts.num_workers if opts.device.type == "cuda" else 0
     if ours:
         batches = SameSizeBatches(dataset.sizes(), get_parser().get_default("val_batch_size"))
         source, model = make_loader(dataset, batches, num_workers=workers, device=opts.device), our_model(opts)
@@ -254,13 +261,16 @@ def validation(opts: argparse.Namespace, *, ours: bool) -> Measurement:
 
 
 def predict(opts: argparse.Namespace, *, ours: bool) -> Measurement:
-    """Measures from an image on the CPU to its class ids there, with a model rebuilt from its checkpoint."""
+    """Measures a prediction, from an image on the CPU to its class ids there, with a model from a checkpoint."""
     pixels = torch.randint(0, 256, (opts.crop_size, opts.crop_size, 3), dtype=torch.uint8)
     image = pixels.permute(2, 0, 1)  # [3, H, W], channels last in memory, as files are read
     if ours:
-        options = {"model": opts.model, "output_stride": opts.output_stride}
-        about = {"options": options, "class_names": VOC_CLASSES, "palette": voc_colormap().tolist()}
-        checkpoint = {"model_state": our_model(opts).state_dict(), **about}
+        checkpoint = {
+            "model_state": our_model(opts).state_dict(),
+            "options": {"model": opts.model, "output_stride": opts.output_stride},
+            "class_names": VOC_CLASSES,
+            "palette": voc_colormap().tolist(),
+        }
         model = restore_model(checkpoint, "benchmark", opts.device).model
         return timed(lambda: predict_image(model, image, amp=opts.amp), opts.device)
     model, image = plain_model(opts), image.contiguous()

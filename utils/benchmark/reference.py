@@ -1,4 +1,4 @@
-"""The plain references of `utils.benchmark`: what one writes with PIL, torchvision and torch alone."""
+"""Implements the references of `utils.benchmark` as one writes them with PIL, torchvision and torch alone."""
 
 import argparse
 from pathlib import Path

@@ -21,7 +21,7 @@ from datasets.files import VOID
 from datasets.stats import ClassStatistics
 from datasets.voc import SegmentationDataset
 from network._deeplab import DeepLab
-from utils.engine import evaluating, predict
+from utils.engine import evaluating, predict_in_parts
 from utils.errors import InputError
 from utils.files import make_folder, replacing
 
@@ -34,7 +34,7 @@ LINES = ("-", "--", "-.", ":")  # tell runs apart in print without colour
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Creates a figure of this size in inches that needs no display."""
+    """Creates a figure that needs no display; the size is in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -59,10 +59,11 @@ def add_legend(figure: Figure, dataset: SegmentationDataset, class_ids: Sequence
     figure.legend(handles=patches, loc="outside lower center", ncols=max(1, int(width / widest)), frameon=False)
 
 
-def show(axes: Axes, image: np.ndarray | None, title: str = "", label: str = "") -> None:
+def show(axes: Axes, image: np.ndarray | None, *, title: str = "", label: str = "") -> None:
     """Shows an RGB image, uint8 `[H, W, 3]`, or None if it is missing, with a title above and a label below."""
     axes.set(xticks=[], yticks=[])
-    axes.set_title("\n".join(textwrap.wrap(title, 30)), fontsize=9)  # run names can be long
+    # Wrapped, because run names can be long.
+    axes.set_title("\n".join(textwrap.wrap(title, 30)), fontsize=9)
     axes.set_xlabel(label, fontsize=8)
     if image is None:
         axes.text(0.5, 0.5, "image\nmissing", ha="center", va="center", color="0.4", transform=axes.transAxes)
@@ -116,8 +117,9 @@ def draw_statistics(statistics: ClassStatistics, palette: np.ndarray, path: Path
         axes.grid(axis="x", alpha=0.3)
     shares.set(xscale="log", title="share of labelled pixels (log scale)")
     present = statistics.shares[statistics.shares > 0]
-    shares.set_xlim(10 ** np.floor(np.log10(present.min())), 3 * present.max())  # starts at a power of ten
-    shares.xaxis.set_minor_formatter(NullFormatter())  # their labels would overlap
+    # The axis starts at a power of ten, without minor labels, which would overlap.
+    shares.set_xlim(10 ** np.floor(np.log10(present.min())), 3 * present.max())
+    shares.xaxis.set_minor_formatter(NullFormatter())
     images.set_xlim(0, 1.15 * max(1, statistics.images.max()))
     shares.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     images.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -174,12 +176,13 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
     panels = [("mean_iou", "validation mIoU"), ("loss", "training loss"), ("lr", "learning rate (head)")]
     all_axes = figure.subplots(1, 3)
     for number, (name, rows) in enumerate(histories.items()):
-        style = {"color": f"C{number}", "linestyle": LINES[number % len(LINES)], "marker": "o", "markersize": 3}
+        colour, style = f"C{number}", LINES[number % len(LINES)]
         best = max((row for row in rows if row["mean_iou"] == row["mean_iou"]), key=lambda row: row["mean_iou"])
         label = f"{name}: best {best['mean_iou']:.4f} at epoch {best['epoch']:.0f}, last {rows[-1]['mean_iou']:.4f}"
         for axes, (column, _) in zip(all_axes, panels, strict=True):
-            axes.plot([row["itr"] for row in rows], [row[column] for row in rows], label=label, **style)
-        all_axes[0].plot(best["itr"], best["mean_iou"], marker="*", markersize=15, color=f"C{number}", mec="black")
+            itrs, values = [row["itr"] for row in rows], [row[column] for row in rows]
+            axes.plot(itrs, values, label=label, color=colour, linestyle=style, marker="o", markersize=3)
+        all_axes[0].plot(best["itr"], best["mean_iou"], marker="*", markersize=15, color=colour, mec="black")
         # More labels than two would overlap; the legend has all the numbers.
         if len(histories) <= 2:
             # A label at the left or right edge grows inwards.
@@ -223,9 +226,9 @@ def prediction_strips(
     for index in range(min(num, len(dataset))):
         image, mask = dataset[index]
         with evaluating(model):
-            prediction = predict(model, image[None].to(model.device), amp)[0].cpu()  # [H, W]
+            prediction = predict_in_parts(model, image[None].to(model.device), amp)[0].cpu()  # [H, W]
         colours = [torch.from_numpy(dataset.decode_target(ids)).permute(2, 0, 1) for ids in (mask, prediction)]
-        strips[dataset.ids[index]] = torch.cat([image, *colours], dim=2)
+        strips[dataset.ids[index]] = torch.cat([image, *colours], dim=2)  # [3, H, 3 W]
     return strips
 
 
@@ -235,7 +238,7 @@ def draw_masks(image: torch.Tensor, masks: "Sequence[Mask]") -> np.ndarray:
     Each mask has its own colour, the same in every call, and an outline. Smaller masks are drawn on top.
     """
     drawing = hwc(image).copy()
-    width = max(1, round(min(drawing.shape[:2]) / 150))  # of the outline, in pixels
+    width = max(1, round(min(drawing.shape[:2]) / 150))  # pixels of outline
     rng = np.random.default_rng(1)
     order = sorted(range(len(masks)), key=lambda number: -masks[number].area)
     # Steps of the golden ratio keep any number of hues apart.

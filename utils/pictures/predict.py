@@ -1,4 +1,4 @@
-"""Label maps for any images: any format that Pillow reads, any size, and the files that show them."""
+"""Predicts label maps for images of any size and any format that Pillow reads, and writes files that show them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ TURNS = {  # by EXIF orientation; 1 is upright
     8: Transpose.ROTATE_90,
 }
 
-# Side in pixels. DeepLabV3+ ResNet-50 (21 classes) takes 0.25 GB for such a tile in bfloat16 and 0.5 GB in float32 on
-# top of its weights, and four times that for twice the side; training crops are a quarter of its area.
+# Side in pixels. Besides its weights DeepLabV3+ ResNet-50 (21 classes) takes 0.25 GB for such a tile in bfloat16 and
+# 0.5 GB in float32. Twice the side takes four times that; training crops are a quarter of its area.
 TILE = 1024
 MIN_TILE = 64
 BAND = 256  # rows drawn at a time
@@ -47,7 +47,7 @@ def list_images(source: str | Path) -> list[Path]:
     if is_file(source):
         return [source]
     if not is_folder(source):
-        raise InputError(f"--input {source}: no such file or folder")
+        raise InputError(f"--input {source}: no such file or folder; check the path")
     paths = [path for path in source.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
     paths = sorted(path for path in paths if not path.name.startswith("."))
     if not paths:
@@ -63,22 +63,27 @@ def read_upright(path: Path) -> torch.Tensor:
     more than 8 bits are scaled as `datasets.files.read_image` does. Colour profiles are not applied.
     Raises InputError, naming the file, if it cannot be read and for greys below 0 or above full scale.
     """
-    return read_image(path, prepare=lambda image: _on_white(_turn_upright(image)))
+    return read_image(path, prepare=_as_viewers_show)
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
     # ImageOps.exif_transpose rewrites the EXIF data, which fails for what some cameras put there.
-    image.load()  # turns a TIFF by itself
+    # Loading turns a TIFF by itself.
+    image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except UNREADABLE:
-        return image  # broken EXIF data: viewers do the same
+        # Broken EXIF data: viewers do the same.
+        return image
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _as_viewers_show(image: Image.Image) -> Image.Image:
+    """Turns an image upright and puts it on white."""
+    image = _turn_upright(image)
+    # Greys of more than 8 bits pass, because converting them here would clip them.
     if image.mode[0] in FULL_SCALE or not image.has_transparency_data:
-        return image  # deep greys: converting them here would clip them
+        return image
     image, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
     white.paste(image, mask=image)
     return white
@@ -97,8 +102,8 @@ def predict_image(
     An image of up to `tile` pixels per side passes through the model in one piece, exactly as in `engine.predict`. A
     larger one passes in tiles, and neighbouring tiles share at least `overlap` pixels (None: an eighth of the tile).
     There the logits fade into each other, weighted by the squared distance to the tile's edge, where zero padding
-    distorts them. Image pooling (1706.05587, section 3.3) averages over the tile alone; that, not the seams, is the
-    difference from one piece.
+    distorts them. Image pooling (1706.05587, section 3.3) averages over the tile alone. That, not the seams, makes
+    the difference from one piece.
     The logits kept at a time, float32 `[C, tile, W]` (or H, if that is less), do not grow with the longer side: 0.7
     GB for 21 classes and 8,000 x 8,000 pixels. Raises InputError for a tile or an overlap that cannot be used.
     """
@@ -127,8 +132,10 @@ def _predict_tiles(
     overlap: int,
     on_its_side: bool = False,
 ) -> torch.Tensor:
-    """Predicts class ids `[H, W]` for `[3, H, W]` tile by tile, in bands from left to right. If the image lies on its
-    side, the model still sees each tile upright."""
+    """Predicts class ids `[H, W]` for `[3, H, W]` tile by tile, in bands from left to right.
+
+    If the image lies on its side, the model still sees each tile upright.
+    """
     _, height, width = image.shape
     rows, columns = spans(height, tile, overlap), spans(width, tile, overlap)
     next_tops = [*(top for top, _ in rows[1:]), height]
@@ -143,7 +150,8 @@ def _predict_tiles(
                 band = logits.new_zeros(len(logits), bottom - top, width)  # [C, tile, W]
             down, across = (_weights(*s, device=piece.device) for s in ((top, bottom, height), (left, right, width)))
             band[:, : bottom - top, left:right].addcmul_(logits, down[:, None] * across)
-        done = next_top - top  # rows that no tile further down reaches; the highest sum needs no division
+        # Rows that no tile further down reaches are done. The highest sum needs no division.
+        done = next_top - top
         result[top:next_top] = band[:, :done].max(dim=0).indices.to(torch.uint8)
         rest = band[:, done : bottom - top].clone()
         band.zero_()
@@ -152,9 +160,11 @@ def _predict_tiles(
 
 
 def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Returns (start, stop) of the fewest tiles that cover 0..size, no larger than necessary: each starts on the grid
-    and shares at least `overlap` pixels with the next. All have one size, also on the grid; the last may have up to
-    15 pixels less."""
+    """Returns (start, stop) of the fewest tiles that cover 0..size, no larger than necessary.
+
+    Each starts on the grid and shares at least `overlap` pixels with the next. All have one size, also on the grid;
+    the last may have up to 15 pixels less.
+    """
     if size <= tile:
         return [(0, size)]
     tile -= tile % GRID
@@ -173,8 +183,11 @@ def _steps(size: int, tile: int, overlap: int) -> int:
 
 
 def _weights(start: int, stop: int, size: int, *, device: torch.device) -> torch.Tensor:
-    """Returns the weights of a tile's pixels along one side, float32 `[stop - start]`, above 0: the squared distance
-    to the nearer edge, except for the edges of the image, beyond which no other tile takes over."""
+    """Returns the weights of a tile's pixels along one side, float32 `[stop - start]`, above 0.
+
+    They are the squared distance to the nearer edge. The edges of the image do not count, because no other tile takes
+    over beyond them.
+    """
     x = torch.arange(start, stop, dtype=torch.float32, device=device) + 0.5
     weights = torch.full_like(x, stop - start)
     if start > 0:
@@ -223,7 +236,7 @@ def predict_files(
         names = (name.encode(errors="replace").decode() for name in (path.name, f"masks/{mask.name}"))
         shares.append([*names, *(f"{share:.6f}" for share in (counts / ids.numel()).tolist())])
     if not shares:
-        raise InputError(f"none of the {len(paths)} images can be read; the first problem: {unreadable[0]}")
+        raise InputError(f"--input: none of the {len(paths)} images can be read; the first problem: {unreadable[0]}")
     write_csv(out / "shares.csv", ["picture", "mask", *class_names], shares)
     return unreadable
 
@@ -240,8 +253,10 @@ def output_names(paths: Sequence[Path]) -> list[str]:
 
 
 class PredictionWriter:
-    """Saves for `--save_val_results` `masks/<id>.png` (class ids in the data set's palette) and `overlays/<id>.jpg`
-    of each image: an `on_batch` of `engine.evaluate`."""
+    """Saves the predictions for `--save_val_results`, as the `on_batch` of `engine.evaluate`.
+
+    Writes `masks/<id>.png` (class ids in the data set's palette) and `overlays/<id>.jpg` for each image.
+    """
 
     def __init__(self, folder: Path, dataset: SegmentationDataset) -> None:
         self.folder, self.ids, self.palette = folder, dataset.ids, dataset.palette
@@ -259,9 +274,9 @@ def save_prediction(
     image: torch.Tensor, ids: torch.Tensor, palette: np.ndarray, *, mask: Path, drawing: Path
 ) -> None:
     """Writes class ids `[H, W]` as a palette PNG to `mask`, and over the image `[3, H, W]` as a JPEG to `drawing`."""
-    picture = Image.fromarray(ids.numpy())
-    picture.putpalette(palette.tobytes())
-    for path, content, kind in ((mask, picture, "PNG"), (drawing, _overlay(image, ids, palette), "JPEG")):
+    label_map = Image.fromarray(ids.numpy())
+    label_map.putpalette(palette.tobytes())
+    for path, content, kind in ((mask, label_map, "PNG"), (drawing, _overlay(image, ids, palette), "JPEG")):
         make_folder(path.parent)
         with replacing(path) as temporary:
             content.save(temporary, format=kind)

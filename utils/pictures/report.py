@@ -82,12 +82,12 @@ def number(value: float, form: str = ".4f") -> str:
 
 
 def cell(text: str, css: str = "", share: float | None = None) -> dict:
-    """A table cell with a class; `share` in 0..1 is the length of its bar or the strength of its colour."""
+    """Returns a table cell; `share` in 0..1 is the length of its bar or the strength of its colour."""
     return {"text": text, "css": css, "share": share}
 
 
 def figure(draw: Callable[..., None], *arguments: object, **keywords: object) -> dict:
-    """The picture that `draw(*arguments, path=path, **keywords)` writes, as a data URI with its size in pixels."""
+    """Returns the drawing that `draw(*arguments, path=path, **keywords)` writes, as a data URI with its size."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.png"
         draw(*arguments, path=path, **keywords)
@@ -112,7 +112,7 @@ def side_by_side(dictionaries: list[dict]) -> dict[str, list[str]]:
 
 
 def differing(values: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The entries whose values differ between runs, except those that always do."""
+    """Returns the entries whose values differ between runs, except those that always do."""
     return {name: row for name, row in values.items() if len(set(row)) > 1 and name not in OWN_TO_EACH}
 
 
@@ -125,7 +125,7 @@ def have_same_classes(runs: list[RunFiles]) -> bool:
 
 
 def lead(runs: list[RunFiles]) -> dict:
-    """The best run, or all of them if they cannot be ranked, and what to know before comparing numbers."""
+    """Returns the best run, or all of them if they cannot be ranked, and whether their numbers can be compared."""
     same_classes = have_same_classes(runs)
     return {
         "best": [max(runs, key=lambda run: run.best["mean_iou"])] if same_classes else runs,
@@ -143,7 +143,7 @@ def validation_data(run: RunFiles) -> tuple:
 
 
 def summary_rows(runs: list[RunFiles]) -> list[list]:
-    """One row per run; the highest mIoU is marked if the runs can be ranked."""
+    """Returns one row per run; the highest mIoU is marked if the runs can be ranked."""
     highest = max(run.best["mean_iou"] for run in runs)
     rows = []
     for run in runs:
@@ -155,7 +155,7 @@ def summary_rows(runs: list[RunFiles]) -> list[list]:
 
 
 def options_tables(runs: list[RunFiles]) -> dict[str, list[list]]:
-    """Options and environment with a column per run; values that differ are marked."""
+    """Returns options and environment with a column per run; values that differ are marked."""
     options = options_of(runs)
     environment = [run.options["versions"] | {name: run.options[name] for name in ENVIRONMENT[1:]} for run in runs]
     return {
@@ -171,7 +171,7 @@ def marked_rows(values: dict[str, list[str]]) -> list[list]:
 
 
 def checkpoints_table(runs: list[RunFiles]) -> dict[str, list]:
-    """What each run's best.pth says about itself, with a column per run."""
+    """Returns what each run's best.pth records about itself, with a column per run."""
     known, notes = {}, []
     for run in runs:
         try:
@@ -183,7 +183,7 @@ def checkpoints_table(runs: list[RunFiles]) -> dict[str, list]:
 
 
 def curves(runs: list[RunFiles]) -> dict:
-    """The drawn curves, and the scores of each run's best and last validation."""
+    """Draws the curves; returns them with the scores of each run's best and last validation."""
     rows = []
     for run in runs:
         for which, row in (("best", run.best), ("last", run.last)):
@@ -197,7 +197,7 @@ def curves(runs: list[RunFiles]) -> dict:
 
 
 def classes_table(runs: list[RunFiles]) -> dict[str, list]:
-    """IoU of each class with a column per run; the highest in a row is marked."""
+    """Returns the IoU of each class with a column per run; the highest in a row is marked."""
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.class_iou):
         row, present = [name], [run.class_iou[name] for run in runs if run.class_iou.get(name, math.nan) >= 0]
@@ -215,7 +215,7 @@ def classes_table(runs: list[RunFiles]) -> dict[str, list]:
 
 
 def confusions(run: RunFiles) -> dict:
-    """The confusion matrix as shares of its rows, and the ten most frequent confusions."""
+    """Returns the confusion matrix as shares of its rows, and the ten most frequent confusions."""
     names, totals = list(run.class_iou), run.matrix.sum(axis=1, keepdims=True)
     shares = run.matrix / np.maximum(totals, 1)  # [C, C]
     wrong = run.matrix.sum(axis=0) + totals[:, 0] - 2 * run.matrix.diagonal()  # [C]
@@ -238,7 +238,7 @@ def confusions(run: RunFiles) -> dict:
 
 
 def predictions(data: Data, num: int) -> dict:
-    """Validation images with the predictions of all runs that share them, then the worst images of each run."""
+    """Draws validation images with the predictions of all runs that share them, and the worst images of each run."""
     return {
         "evaluations": data.evaluations,
         "compared": len(data.compared),
@@ -264,7 +264,7 @@ def draw_comparison(data: Data, path: Path) -> None:
     draw_grid(rows, headings=headings, labels=labels, path=path, legend=(data.val, sorted(seen - {VOID})))
 
 
-def draw_worst(dataset: SegmentationDataset, evaluation: Evaluation, num: int, path: Path) -> None:
+def draw_worst(dataset: SegmentationDataset, evaluation: Evaluation, *, num: int, path: Path) -> None:
     """Draws a column per image: the image, its ground truth, the prediction and its errors."""
     columns, headings, seen = [], [], set()
     for index, iou in list(evaluation.ious.items())[:num]:
@@ -278,7 +278,7 @@ def draw_worst(dataset: SegmentationDataset, evaluation: Evaluation, num: int, p
 
 
 def training_data(groups: list[Data], notes: list[str]) -> dict[str, list]:
-    """Class balance and samples of each training split; a split that cannot be read costs only its own part."""
+    """Draws class balance and samples of each training split; one that cannot be read costs only its own part."""
     parts, notes = [], list(notes)
     for data in groups:
         try:
@@ -296,12 +296,12 @@ def training_data(groups: list[Data], notes: list[str]) -> dict[str, list]:
             for name, pixels, share, images, image_share, *weights in rows
         ]
         part = {"runs": data.runs, "shown": len(indices), "total": len(data.train), "header": header, "rows": lines}
-        parts.append({**part, "samples": samples, "drawing": drawing})
+        parts.append(part | {"samples": samples, "drawing": drawing})
     return {"groups": parts, "notes": notes}
 
 
 def speed_rows(runs: list[RunFiles]) -> list[list[str]]:
-    """Times and peak memory, one row per run."""
+    """Returns times and peak memory, one row per run."""
     rows = []
     for run in runs:
         train, val = (sum(row[name] for row in run.history) for name in ("train_seconds", "val_seconds"))

@@ -1,4 +1,4 @@
-"""The data behind a report: the files of each run, checked, and its best model's predictions on its own data."""
+"""Collects the data of a report: the files of each run, checked, and its best model's predictions."""
 
 import csv
 import io
@@ -40,7 +40,7 @@ class RunFiles:
 
     @property
     def best(self) -> dict[str, float]:
-        """The first row with the highest mIoU, which is when `best.pth` was saved."""
+        """The first row with the highest mIoU; `best.pth` was saved then."""
         return max(self.history, key=lambda row: row["mean_iou"])
 
     @property
@@ -168,7 +168,7 @@ def evaluate_best(run: RunFiles, data: Data, *, device: torch.device, num: int) 
     """Evaluates best.pth image by image, for a score of each. Raises InputError if a file cannot be read."""
     trained = load_model(run.folder / "best.pth", device)
     if trained.class_names != data.val.class_names:
-        raise InputError(f"{run.folder / 'best.pth'}: its classes differ from class_iou.csv")
+        raise InputError(f"{run.folder / 'best.pth'}: its classes differ from class_iou.csv; restore both")
     # The run's own precision, so that the scores repeat; but a CPU has no fp16.
     is_fp16_on_cpu = run.options["amp"] == "fp16" and device.type == "cpu"
     amp = choose_amp("auto" if is_fp16_on_cpu else run.options["amp"], device)
@@ -188,6 +188,6 @@ def evaluate_best(run: RunFiles, data: Data, *, device: torch.device, num: int) 
             worst = sorted([*worst, (iou, index, prediction)], key=lambda entry: entry[:2])[:num]
     predictions |= {index: prediction for _, index, prediction in worst}
     if not ious:
-        raise InputError(f"{data.val.folder}: none of the evaluated images has a labelled pixel")
+        raise InputError(f"{data.val.folder}: none of the evaluated images has a labelled pixel; check the masks")
     ranked = dict(sorted(ious.items(), key=lambda item: item[1]))
     return Evaluation(total.compute()["Mean IoU"], ranked, predictions)

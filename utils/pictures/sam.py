@@ -28,7 +28,7 @@ LONGEST_SIDE = 2048  # pixels of a drawn image: twice what SAM sees, and the mod
 
 
 class Item(NamedTuple):
-    """An image that is read when its turn comes."""
+    """An image that is not read before its turn."""
 
     name: str
     read: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]  # image [3, H, W], ground truth [H, W] if any
@@ -66,7 +66,7 @@ def choose_any(opts: argparse.Namespace, dataset: SegmentationDataset) -> list[i
 
 
 def dataset_items(dataset: SegmentationDataset, indices: Sequence[int], *, native: bool) -> list[Item]:
-    """Items of a data set; at native size for scores, otherwise with at most `LONGEST_SIDE` pixels a side."""
+    """Returns the images of a data set: at native size for scores, otherwise up to `LONGEST_SIDE` pixels a side."""
     return [Item(dataset.ids[index], partial(_read_pair, dataset, index, native)) for index in indices]
 
 
@@ -79,7 +79,7 @@ def _read_pair(dataset: SegmentationDataset, index: int, native: bool) -> tuple[
 
 
 def file_items(paths: Sequence[Path]) -> list[Item]:
-    """Items of image files, with at most `LONGEST_SIDE` pixels a side."""
+    """Returns the images in files, up to `LONGEST_SIDE` pixels a side."""
     return [Item(path.name, partial(_read_file, path)) for path in paths]
 
 

@@ -24,9 +24,7 @@ OWN_KEYS = {"best_itr", "scores", "options", "class_names", "palette"}  # files 
 KEYS |= OWN_KEYS
 KINDS = {"model_state": dict, "optimizer_state": dict, "scheduler_state": dict, "scaler_state": dict, "cur_itrs": int}
 KINDS |= {"best_score": (int, float), "best_itr": int, "options": dict, "class_names": list, "palette": list}
-COUNTERS = "num_batches_tracked"  # of batch norms: unused with a fixed momentum, and absent from older files
-
-
+COUNTERS = "num_batches_tracked"  # in batch norms: unused with a fixed momentum, and absent from older files
 MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16}  # unless a checkpoint decides
 log = logging.getLogger("deeplab")
 
@@ -37,7 +35,7 @@ class TrainedModel(NamedTuple):
     model: DeepLab  # in evaluation mode, on its device
     class_names: list[str]
     palette: np.ndarray  # [256, 3] uint8 RGB
-    options: dict  # of the training
+    options: dict  # the training's
 
 
 def load_model(path: str | Path, device: torch.device) -> TrainedModel:
@@ -49,12 +47,13 @@ def load_model(path: str | Path, device: torch.device) -> TrainedModel:
 
 
 def restore_model(checkpoint: dict, path: str | Path, device: torch.device) -> TrainedModel:
-    """Does what `load_model` does for a checkpoint that is already in memory; `path` is for messages."""
+    """Rebuilds a model from a checkpoint that is already in memory; `path` is for messages."""
     options, class_names = checkpoint["options"], checkpoint["class_names"]
     model = build_model(options["model"], num_classes=len(class_names), output_stride=options["output_stride"])
     load_model_state(model, checkpoint, str(path))
     model = speed_up(model.to(device, memory_format=torch.channels_last).eval())
-    model = fold_batchnorm(model) if device.type == "cpu" else model  # as `engine.evaluate` does
+    # As in `engine.evaluate`.
+    model = fold_batchnorm(model) if device.type == "cpu" else model
     return TrainedModel(model, class_names, np.array(checkpoint["palette"], np.uint8), options)
 
 
@@ -65,7 +64,8 @@ def resolve_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
     """
     for name, default in MODEL_DEFAULTS.items():
         given, stored = getattr(opts, name), checkpoint["options"][name] if checkpoint else None
-        is_guess = checkpoint and name == "output_stride" and "published" in checkpoint  # those do not tell
+        # A published checkpoint does not state its stride.
+        is_guess = checkpoint and name == "output_stride" and "published" in checkpoint
         if checkpoint and given is not None and given != stored and not is_guess:
             raise InputError(f"--{name} {given}: contradicts {opts.ckpt}, which has {stored}; leave the flag out")
         setattr(opts, name, given or stored or default)
@@ -76,10 +76,14 @@ def resolve_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
 def initial_model(
     opts: argparse.Namespace, checkpoint: dict | None, class_names: list[str], device: torch.device
 ) -> DeepLab:
-    """Builds the model of `opts` on its device with the weights to start from: those of the checkpoint, of
-    `--init_from` or of `--backbone_weights`. The head's random weights follow from `--random_seed`."""
+    """Builds the model of `opts` on its device with the weights to start from.
+
+    These are the checkpoint's, or those of `--init_from` or `--backbone_weights`. The head's random weights follow
+    from `--random_seed`.
+    """
     torch.manual_seed(opts.random_seed)
-    stride = opts.eval_output_stride or opts.output_stride  # the weights fit either
+    # The weights fit either stride.
+    stride = opts.eval_output_stride or opts.output_stride
     model = build_model(opts.model, num_classes=len(class_names), output_stride=stride)
     model.freeze_bn = opts.freeze_bn
     if checkpoint:
@@ -107,37 +111,39 @@ def load_checkpoint(path: str | Path, *, flag: str = "--ckpt", model: str | None
     content = load_file(Path(path), flag)
     missing = sorted(KEYS - content.keys())
     if missing and OWN_KEYS & content.keys():
-        raise InputError(f"{flag} {path}: not a checkpoint of main.py, {', '.join(missing)} is missing")
+        raise InputError(f"{flag} {path}: not a checkpoint of main.py, {', '.join(missing)} is missing; give another")
     if missing:
         return convert(content, f"{flag} {path}")
     if odd := [name for name, kind in KINDS.items() if not isinstance(content[name], kind)]:
-        raise InputError(f"{flag} {path}: not a checkpoint of main.py, its {odd[0]} has the wrong type")
+        raise InputError(f"{flag} {path}: not a checkpoint of main.py, its {odd[0]} has the wrong type; give another")
     if lacking := {"model", "output_stride"} - content["options"].keys():
-        raise InputError(f"{flag} {path}: not a checkpoint of main.py, its options lack {min(lacking)}")
+        raise InputError(f"{flag} {path}: not a checkpoint of main.py, its options lack {min(lacking)}; give another")
     return content
 
 
 def load_file(path: Path, flag: str) -> dict:
-    """Reads a `torch.save` or `.safetensors` file on the CPU: tensors and builtins only, because anything else could
-    be code. A NumPy float, as scores often are, becomes a Python float.
+    """Reads a `torch.save` or `.safetensors` file on the CPU: tensors and builtins only.
 
+    Anything else could be code and is refused. Only a NumPy float, as scores often are, becomes a Python float.
     Raises InputError, naming the flag that the file came from.
     """
     if is_folder(path):
         raise InputError(f"{flag} {path}: this is a folder; name a file in it, such as best.pth")
     if not is_file(path):
-        raise InputError(f"{flag} {path}: no such file")
+        raise InputError(f"{flag} {path}: no such file; check the path")
     try:
         content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except ImportError:
         raise InputError(f"{flag} {path}: the package safetensors is missing; pip install safetensors") from None
     except pickle.UnpicklingError:
-        raise InputError(f"{flag} {path}: holds more than tensors and builtins, or is not a checkpoint") from None
+        raise InputError(
+            f"{flag} {path}: holds more than tensors and builtins, or is not a checkpoint; give another"
+        ) from None
     except Exception as error:  # a damaged file can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{flag} {path}: cannot be read ({reason}); it may be incomplete") from None
     if not isinstance(content, dict):
-        raise InputError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
+        raise InputError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary; give another")
     return content
 
 
@@ -150,12 +156,13 @@ def _load_safetensors(path: Path) -> dict:
 def _load_pickle(path: Path) -> Any:
     scalar = [(_float64, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]  # NumPy 2 and NumPy 1
     allowed = torch.serialization.safe_globals([*scalar, np.dtype, type(np.dtype(np.float64))])
-    with allowed, warnings.catch_warnings(action="ignore"):  # about pickle protocols: the file loads or is refused
+    # torch warns about pickle protocols, but the file loads or is refused.
+    with allowed, warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _float64(dtype: np.dtype, content: bytes) -> float:
-    """Takes the place of NumPy's own function, which makes scalars of any type."""
+    """Replaces NumPy's function, which would make scalars of any type."""
     if dtype != np.float64 or len(content) != dtype.itemsize:
         raise pickle.UnpicklingError("not a float64")
     return np.frombuffer(content, dtype).item()
@@ -169,7 +176,8 @@ def load_model_state(model: nn.Module, checkpoint: dict, path: str) -> None:
         raise InputError(
             f"--ckpt {path}: the weights do not fit the model ({name}: {why}; {len(wrong)} such tensors in all)"
         )
-    model.load_state_dict(state, strict=False)  # older files lack the counters of batch norms
+    # Not strict, because older files lack the counters of batch norms.
+    model.load_state_dict(state, strict=False)
 
 
 def incompatible_keys(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -187,9 +195,8 @@ def load_backbone(model: DeepLab, name: str, source: str) -> None:
     """Loads `--backbone_weights` into the backbone of the model called `name`.
 
     source: "imagenet" (downloaded), "none" (nothing happens), or a file. A file has the names of torchvision's
-    classification network (timm's plain ResNets have the same), or it is a DeepLab with that backbone. The
-    classification layer is left out, whatever its number of classes. Raises InputError for a failed download and for
-    weights of another network.
+    classification network (timm's plain ResNets have the same), or it is a DeepLab with that backbone. Its
+    classification layer is not used. Raises InputError for a failed download and for weights of another network.
     """
     if source == "none":
         return
@@ -215,15 +222,16 @@ def load_backbone(model: DeepLab, name: str, source: str) -> None:
 
 
 def init_from(model: DeepLab, path: str | Path) -> list[str]:
-    """Loads for `--init_from` whatever fits by name and shape from any checkpoint that `load_checkpoint` reads,
-    regardless of its classes and head. Everything else keeps its values.
+    """Loads the tensors of `--init_from` that fit by name and shape; all others keep their values.
 
+    path: any checkpoint that `load_checkpoint` reads, with any classes and head.
     Returns log lines: how much was loaded, each tensor that was not and why, how many tensors of the file are unused.
-    Raises InputError if nothing in the backbone fits; the model does not change then.
+    Raises InputError, and does not change the model, if nothing in the backbone fits.
     """
     own = model.state_dict()
     name = model_of(own)
-    torchvision_name = name.replace("deeplabv3plus", "deeplabv3") if name else None  # torchvision has V3 only
+    # torchvision has V3 only.
+    torchvision_name = name.replace("deeplabv3plus", "deeplabv3") if name else None
     checkpoint = load_checkpoint(path, flag="--init_from", model=torchvision_name)
     given = weights_in({"model_state": checkpoint["model_state"]}, f"--init_from {path}")
     wrong = incompatible_keys(own, given)
@@ -261,7 +269,7 @@ def require_classes(theirs: list[str], class_names: list[str], path: str) -> Non
 
 
 def describe(checkpoint: dict) -> dict[str, str]:
-    """Returns what a checkpoint says about itself, as headings and texts. Published ones say less."""
+    """Describes a checkpoint by what it records about itself, as headings and texts. Published ones say less."""
     options, scores, names = checkpoint["options"], checkpoint["scores"], checkpoint["class_names"]
     about = checkpoint.get("about", {})  # absent from older checkpoints
     facts = {

@@ -29,7 +29,7 @@ OPSETS = range(18, 24)  # what torch's exporter writes directly; it would have t
 DEFAULT_OPSET = 18  # the graph is the same in each, and more programs read the oldest
 CHECKED_SIZES = ((2, 129, 161), (1, 256, 256), (1, 97, 130))  # batch, height, width
 LEAST_AGREEMENT = 0.999  # share of the pixels at each size
-LARGEST_ERROR = 1e-3  # of the logits, relative; correct files were off by less than 1e-5
+LARGEST_ERROR = 1e-3  # relative error of the logits; correct files were off by less than 1e-5
 
 
 class WithClassMap(nn.Module):
@@ -48,8 +48,10 @@ class WithClassMap(nn.Module):
 
 
 def check_target(path: Path, opset: int) -> None:
-    """Raises InputError for every problem that is known before the work: an unsupported opset, a path that cannot be
-    written, a missing package."""
+    """Raises InputError for problems that show before the export.
+
+    These are an unsupported opset, a path that cannot be written, and a missing package.
+    """
     if opset not in OPSETS:
         raise InputError(f"--export_opset {opset}: not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     if path.suffix != ".onnx":
@@ -116,7 +118,8 @@ def _serialized(model: nn.Module, *, opset: int, metadata: dict[str, str]) -> by
     with _quiet():
         program = torch.onnx.export(
             model,
-            (torch.zeros(2, 3, 97, 129, dtype=torch.uint8),),  # the exporter takes a side of 1 to be fixed
+            # No side is 1, because the exporter would take it to be fixed.
+            (torch.zeros(2, 3, 97, 129, dtype=torch.uint8),),
             dynamo=True,
             opset_version=opset,
             input_names=["image"],
@@ -126,7 +129,8 @@ def _serialized(model: nn.Module, *, opset: int, metadata: dict[str, str]) -> by
         )
     proto = program.model_proto
     onnx.helper.set_model_props(proto, metadata)
-    for part in (proto.graph, *proto.graph.node):  # the exporter's notes, with local source paths
+    # These are the exporter's notes, with local source paths.
+    for part in (proto.graph, *proto.graph.node):
         del part.metadata_props[:]
     return proto.SerializeToString()
 
@@ -153,7 +157,8 @@ def check(file: Path, model: DeepLab) -> float:
         agreements.append(same.double().mean().item())
         found = f"{agreements[-1]:.3%} of the class map as in PyTorch, logits off by {error:.0e} of their norm"
         print(f"{' x '.join(map(str, images.shape))}: {found}")
-        if not (agreements[-1] >= LEAST_AGREEMENT and error <= LARGEST_ERROR):  # NaN is refused too
+        # Written so that NaN is refused too.
+        if not (agreements[-1] >= LEAST_AGREEMENT and error <= LARGEST_ERROR):
             raise InputError(f"{found}; at least {LEAST_AGREEMENT:.1%} and at most {LARGEST_ERROR:.0e} are required")
     return min(agreements)
 
@@ -168,7 +173,7 @@ def smooth_images(batch: int, height: int, width: int, *, seed: int) -> torch.Te
 
 @contextlib.contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """Turns whatever the libraries raise inside, which can be anything, into one line."""
+    """Turns any error that the libraries raise inside the block into one line."""
     try:
         yield
     except OSError as error:

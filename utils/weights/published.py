@@ -1,4 +1,4 @@
-"""Reads published checkpoints like our own: VainF/DeepLabV3Plus-Pytorch, torchvision, bare state dicts.
+"""Reads published checkpoints as if they were ours: VainF/DeepLabV3Plus-Pytorch, torchvision, bare state dicts.
 
     python main.py --test_only --ckpt best_deeplabv3plus_resnet101_voc_os16.pth
     python main.py --test_only --ckpt torchvision                     # trained on COCO with the VOC classes
@@ -23,7 +23,7 @@ LAST_LAYERS = {"deeplabv3": "classifier.classifier.4.weight", "deeplabv3plus": "
 WRAPPERS = ("model_state", "model", "state_dict", "model_state_dict")  # VainF; torchvision; timm and most others
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
 MAX_CLASSES = 255  # ids are uint8, and 255 is void
-READABLE = "readable are DeepLabV3 and V3+ on ResNet-50 or -101, with the names of VainF's code or torchvision"
+READABLE = "give DeepLabV3 or V3+ on ResNet-50 or -101, with the names of VainF's code or torchvision"
 NOT_READABLE = {  # by how a name begins
     r"classifier\..*\.body\.0\.weight": "a head with separable convolutions",
     r"backbone\.(low|high)_level_features\.": "a DeepLab on MobileNetV2",
@@ -62,12 +62,10 @@ def _is_plain(value: object) -> bool:
 def convert(content: dict, where: str) -> dict:
     """Presents a published file's content as a checkpoint with our keys (`load.KEYS`) and two more.
 
-    `model_state` has our names. `options` has only `model` and `output_stride`; no file tells the stride, so it is
-    the one that such models were trained with (torchvision 8, others 16), and the weights work with either. The
-    states of optimizer, schedule and scaler and the scores are None, the iterations 0. 21 classes count as VOC's,
-    others are `unnamed`. `published` is the file's origin, `notes` are log lines: what was assumed and what was left
-    out.
-
+    `model_state` has our names. `options` has only `model` and `output_stride`. No file states its stride, so it is
+    the one that such models were trained with (torchvision 8, others 16). The weights work with either. The states of
+    optimizer, schedule and scaler and the scores are None, the iterations 0. 21 classes count as VOC's, others are
+    `unnamed`. `published` is the file's origin. `notes` are log lines: what was assumed and what was left out.
     `where`: flag and file, for the message. Raises InputError for models other than ours.
     """
     state, notes = weights_in(content, where), []
@@ -98,7 +96,7 @@ def convert(content: dict, where: str) -> dict:
     names = "taken to be PASCAL VOC's" if voc else "without names: the data set must have the same number"
     notes = [
         f"{source}: {model} with {num_classes} classes, {names}",
-        f"the file does not tell its output stride: using {stride} unless --output_stride is given",
+        f"the file does not state its output stride: using {stride} unless --output_stride is given",
         *notes,
     ]
     if isinstance(score := content.get("best_score"), float) and isinstance(itr := content.get("cur_itrs"), int):
