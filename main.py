@@ -53,8 +53,7 @@ def train(
     opts: Namespace, run: Run, checkpoint: dict | None, *, device: torch.device, amp: torch.dtype | None
 ) -> dict:
     """Trains from scratch, from weights, or from where a run stopped; returns the scores of the last validation."""
-    # Data: whole images to validate on, random crops to train on. And the model, with the weights to start from.
-    # One process per machine goes first: the others find what it has downloaded or generated.
+    # Data and model. One process per machine goes first: the others find what it has downloaded or generated.
     with local_main_first():
         val_set = open_eval_set(opts, checkpoint, run.folder / "splits")
         train_set = open_train_set(opts, checkpoint, run.folder / "splits")
@@ -93,8 +92,7 @@ def train(
     val_interval = opts.val_interval or state.itrs_per_epoch
     net = compile_model(parallel(model)) if opts.compile else parallel(model)
     if is_main():
-        splits = {opts.train_split: train_set, opts.val_split: val_set}
-        run.start(opts, device, splits, resumed_at=state.validated_itr)
+        run.start(opts, device, [train_set, val_set], resumed_at=state.validated_itr)
     vis = build_visualizer(opts.enable_vis and is_main(), port=opts.vis_port, env=opts.vis_env)
     vis.start(vars(opts), run.history())
     writer = PredictionWriter(run.folder / "results", val_set) if opts.save_val_results else None
@@ -108,7 +106,6 @@ def train(
             # Validate every epoch and at the end; a run whose validation was interrupted resumes with it.
             done = state.itr >= opts.total_itrs
             if (done or state.itr % val_interval == 0) and state.itr > state.validated_itr:
-                # This waits for the device, so the clock is read only afterwards.
                 require_finite(state.losses, state.itr, loader)
                 trained = time.perf_counter()
                 log.info(f"validation after iteration {state.itr}...")
@@ -187,7 +184,7 @@ def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, a
     log.info(f"Dataset: {opts.dataset}, Test set: {len(test_set)} ({opts.val_split})")
     loader = eval_loader(opts, test_set, device, rank=rank(), processes=world_size())
     if is_main():
-        run.start(opts, device, {opts.val_split: test_set})
+        run.start(opts, device, [test_set])
     log.info("validation...")
     writer = PredictionWriter(run.folder / "results", test_set) if opts.save_val_results else None
     card = Card(test_set.ids, test_set.num_classes, device, also=writer)

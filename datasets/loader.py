@@ -57,6 +57,7 @@ def open_split(
             lists=lists if continued else None,
             seed=opts.random_seed,
         )
+        dataset.split = split
         dataset.require_images()
     except InputError as error:
         raise InputError(f"{error}{_hint(opts, checkpoint)}") from None

@@ -71,6 +71,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
     Raises InputError for a missing folder or mask.
     """
 
+    split = ""  # the name of the split
     made_split = False  # whether the split was made here, because the data set has no lists
 
     def __init__(

@@ -136,11 +136,11 @@ class Run:
         self,
         opts: argparse.Namespace,
         device: torch.device,
-        splits: dict[str, SegmentationDataset],
+        datasets: list[SegmentationDataset],
         *,
         resumed_at: int = 0,
     ) -> None:
-        """Writes options.json, begins log.txt and records the `splits` of a folder without lists.
+        """Writes options.json, begins log.txt and records how a data folder without lists was divided.
 
         resumed_at: the iteration of the last validation before the checkpoint; later rows of the history are dropped.
         A damaged latest.pth is renamed. Raises InputError if the folder cannot be written.
@@ -163,12 +163,14 @@ class Run:
         write_text(self.folder / "options.json", json.dumps(vars(opts) | environment(device), indent=2) + "\n")
         self._log.path = self.folder / "log.txt"
         log.info(f"Command: {command()}")
-        for name, dataset in splits.items():
-            path = self.folder / "splits" / f"{name}.txt"
+        for dataset in datasets:
+            path = self.folder / "splits" / f"{dataset.split}.txt"
             if dataset.made_split and not path.is_file():
                 make_folder(path.parent)
                 write_text(path, "\n".join(dataset.ids) + "\n")
-                log.info(f"{dataset.folder} has no split lists: {len(dataset)} ids drawn for {name}, see {path}")
+                log.info(
+                    f"{dataset.folder} has no split lists: {len(dataset)} ids drawn for {dataset.split}, see {path}"
+                )
 
     def history(self) -> list[dict[str, float]]:
         """Returns the rows of `history.csv`, one per validation."""
