@@ -19,6 +19,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, PolynomialLR, StepLR
 from tqdm import tqdm
 
+from datasets.audit import require_sound
 from datasets.loader import end_workers, eval_loader, open_eval_set, open_train_set, train_loader
 from datasets.stats import count_class_weights
 from utils.checkpoint import TrainingState, require_finite
@@ -59,6 +60,9 @@ def train(
         train_set = open_train_set(opts, checkpoint, run.folder / "splits")
         model = initial_model(opts, checkpoint, val_set.class_names, device)
     require_same_ids(val_set, train_set)
+    if is_main():
+        resumed = opts.continue_training and checkpoint
+        require_sound([train_set, val_set], allow_absent=opts.allow_absent or opts.dataset != "folder" or resumed)
     log.info(f"Dataset: {opts.dataset}, Train set: {len(train_set)}, Val set: {len(val_set)}")
 
     # SGD, with the backbone at a fraction of the learning rate. Fused is one kernel for all weights, but if a scaler
@@ -181,6 +185,8 @@ def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, a
         test_set = open_eval_set(opts, checkpoint, run.folder.parent / "splits")
         model = initial_model(opts, checkpoint, test_set.class_names, device)
     require_same_ids(test_set)
+    if is_main():
+        require_sound([test_set], allow_absent=True)
     log.info(f"Dataset: {opts.dataset}, Test set: {len(test_set)} ({opts.val_split})")
     loader = eval_loader(opts, test_set, device, rank=rank(), processes=world_size())
     if is_main():

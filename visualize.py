@@ -123,7 +123,9 @@ def count_or_all(text: str) -> int | str:
 
 
 def open_data(opts: Namespace, lists: Path | None = None) -> SegmentationDataset:
-    return build_dataset(opts.dataset, opts.data_root, opts.split, year=opts.year, lists=lists)
+    dataset = build_dataset(opts.dataset, opts.data_root, opts.split, year=opts.year, lists=lists)
+    dataset.require_masks()
+    return dataset
 
 
 def choose(opts: Namespace, dataset: SegmentationDataset, *, must_cover: bool) -> list[int]:

@@ -54,10 +54,11 @@ def open_split(
             transform,
             year=opts.year,
             download=opts.download,
+            named=(opts.train_split, opts.val_split),
             lists=lists if continued else None,
             seed=opts.random_seed,
         )
-        dataset.split = split
+        dataset.require_masks()
         dataset.require_images()
     except InputError as error:
         raise InputError(f"{error}{_hint(opts, checkpoint)}") from None

@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode, functional
 from tqdm import tqdm
 
-from datasets.files import VOID, require_one_size
+from datasets.files import VOID
 from datasets.voc import SegmentationDataset, decode_target
 from network.sam import Mask, Sam, generate_masks, refine, true_masks
 from utils.engine import autocast
@@ -71,8 +71,7 @@ def dataset_items(dataset: SegmentationDataset, indices: Sequence[int], *, nativ
 
 
 def _read_pair(dataset: SegmentationDataset, index: int, native: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    image, mask = dataset.image(index), dataset.mask(index)
-    require_one_size(image, mask, dataset.masks[index])
+    image, mask = dataset.pair(index)
     if native:
         return image, mask
     return _shrink(image, InterpolationMode.BILINEAR), _shrink(mask[None], InterpolationMode.NEAREST_EXACT)[0]
