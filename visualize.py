@@ -57,7 +57,9 @@ def get_parser() -> ArgumentParser:
     command = add(predict_own, "predict", "class id masks, overlays and class shares of your own images")
     add_models(command)
     add_flag = command.add_argument
-    add_flag("--input", type=any_path, required=True, metavar="PATH", help="an image, or a folder of images")
+    add_flag(
+        "--input", type=any_path, required=True, metavar="PATH", help="an image, or a folder and its sub-folders"
+    )
     add_flag("--out", type=any_path, default="results/predict", metavar="DIR", help="folder for masks/ and overlays/")
     add_flag("--tile", type=int, default=TILE, metavar="N", help="pixels; larger images are predicted in tiles")
     add_flag("--overlap", type=int, metavar="N", help="pixels that two tiles share (default: an eighth of --tile)")
@@ -231,15 +233,25 @@ def curves(opts: Namespace) -> None:
 def predict_own(opts: Namespace) -> None:
     """Writes class id masks, overlays and class shares of images outside any data set."""
     device = choose_device(opts.device)
-    amp, paths = choose_amp(opts.amp, device), list_images(opts.input)
+    amp, root = choose_amp(opts.amp, device), Path(opts.input)
+    paths, others = list_images(root, opts.out)
     model, names, palette, _ = load_model(opts.ckpt, device)
     unreadable = predict_files(
-        model, paths, opts.out, class_names=names, palette=palette, amp=amp, tile=opts.tile, overlap=opts.overlap
+        model,
+        paths,
+        opts.out,
+        class_names=names,
+        palette=palette,
+        root=root if root.is_dir() else root.parent,
+        amp=amp,
+        tile=opts.tile,
+        overlap=opts.overlap,
     )
     if unreadable:
         print(f"{len(unreadable)} of {len(paths)} could not be read:", *unreadable, sep="\n  ")
-    done = f"{len(paths) - len(unreadable)} images"
-    print(f"Written: {opts.out}/masks, {opts.out}/overlays and {opts.out}/shares.csv for {done}")
+    done = f"{len(paths) - len(unreadable)} of {len(paths)} images"
+    ignored = f" ({others} other file{'s' * (others != 1)} ignored)" if others else ""
+    print(f"Written: {opts.out}/masks, {opts.out}/overlays and {opts.out}/shares.csv for {done}{ignored}")
 
 
 def sam(opts: Namespace) -> None:
@@ -251,7 +263,7 @@ def sam(opts: Namespace) -> None:
     device, out = choose_device(opts.device), Path(opts.out)
     amp = choose_amp(opts.amp, device)
     if opts.input:
-        dataset, items = None, pictures.file_items(list_images(opts.input)[: opts.num])
+        dataset, items = None, pictures.file_items(list_images(opts.input)[0][: opts.num])
     else:
         dataset = open_data(opts, lists=Path(opts.ckpt).parent / "splits" if opts.ckpt else None)
         indices = pictures.choose_any(opts, dataset) if opts.eval else choose(opts, dataset, must_cover=False)

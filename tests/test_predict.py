@@ -1,4 +1,5 @@
 import csv
+import os
 import struct
 import zlib
 from itertools import pairwise
@@ -456,19 +457,70 @@ def files_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def listed(folder, out=None):
+    """The images in a folder, by their paths in it, and the number of other files."""
+    paths, others = list_images(folder, out)
+    return [path.relative_to(folder).as_posix() for path in paths], others
+
+
 def test_pictures_of_a_folder_are_listed_by_name_whatever_the_case_of_their_suffix(tmp_path):
-    for name in ("b.JPG", "a.png", "c.Tiff", "d.txt", ".hidden.jpg", "sub/e.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "folder.png").mkdir()
-    assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.Tiff"]
-    assert list_images(str(tmp_path / "d.txt")) == [tmp_path / "d.txt"]
+    touch(tmp_path, "b.JPG", "a.png", "c.Tiff", "d.txt", "folder.png/e.gif", "street/1/f.webp", "street/a.bmp")
+    names = ["a.png", "b.JPG", "c.Tiff", "folder.png/e.gif", "street/1/f.webp", "street/a.bmp"]
+    assert listed(tmp_path) == (names, 1)
+    assert list_images(str(tmp_path / "d.txt")) == ([tmp_path / "d.txt"], 0)
+
+
+def test_hidden_files_and_folders_do_not_count(tmp_path):
+    touch(tmp_path, "a.png", ".a.png", ".DS_Store", "sub/Thumbs.db", "sub/desktop.ini", ".git/b.png", "sub/.c/d.txt")
+    assert listed(tmp_path) == (["a.png"], 0)
+    touch(tmp_path, "notes.txt", "sub/e.csv", "sub/no suffix")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "loop").symlink_to("loop")
+    assert listed(tmp_path) == (["a.png"], 5)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    touch(tmp_path, "photos/a.png", "elsewhere/b.png")
+    (tmp_path / "photos/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos/once more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "photos")
+    assert listed(tmp_path / "photos") == (["a.png", "more/b.png"], 0)
+
+
+def test_what_was_predicted_before_is_no_input(tmp_path, monkeypatch):
+    touch(
+        tmp_path, "a.png", "out/masks/a.png", "out/overlays/a.jpg", "out/shares.csv", "out/other.png", "outside/b.png"
+    )
+    assert listed(tmp_path, tmp_path / "out") == (["a.png", "outside/b.png"], 0)
+    monkeypatch.chdir(tmp_path)
+    assert listed(tmp_path, "out") == (["a.png", "outside/b.png"], 0)
+    assert listed(tmp_path / "out", tmp_path / "out") == (["other.png"], 0)
+
+
+def test_folder_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png", "closed/b.png")
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", closed)
+    with pytest.raises(InputError, match=r"--input .*closed: cannot be read \(Permission denied\); change"):
+        list_images(tmp_path)
 
 
 def test_input_that_has_no_pictures_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--input .*gone: no such file or folder"):
         list_images(tmp_path / "gone")
-    (tmp_path / "notes.txt").touch()
+    touch(tmp_path, "notes.txt", "sub/.hidden.png")
     with pytest.raises(InputError, match=r"--input .*: has no images \(\.bmp "):
         list_images(tmp_path)
 
@@ -477,7 +529,7 @@ def test_input_that_has_no_pictures_is_refused(tmp_path):
 def test_each_picture_gets_mask_overlay_and_shares(tmp_path, flags):
     ids = {name: save(tmp_path / f"{name}.png", *size) for name, size in (("a", (20, 30)), ("b", (300, 70)))}
     out = tmp_path / "new" / "out"
-    assert run(list_images(tmp_path), out, **flags) == []
+    assert run(list_images(tmp_path)[0], out, **flags) == []
     assert files_in(out) == ["masks/a.png", "masks/b.png", "overlays/a.jpg", "overlays/b.jpg", "shares.csv"]
     for name, expected in ids.items():
         with Image.open(out / "masks" / f"{name}.png") as mask:
@@ -498,20 +550,47 @@ def test_each_picture_gets_mask_overlay_and_shares(tmp_path, flags):
 
 def test_pictures_of_one_name_are_kept_apart(tmp_path):
     assert output_names([Path(name) for name in ("a.jpg", "a.png", "b.png")]) == ["a.jpg", "a.png", "b"]
-    assert output_names([Path("x/a.png"), Path("y/a.png"), Path("A.PNG")]) == ["a.png", "a.png-2", "A.PNG-3"]
+    assert output_names([Path(name) for name in ("a.png", "A.PNG", "a.png-2.png")]) == [
+        "a.png",
+        "A.PNG-2",
+        "a.png-2-2",
+    ]
+    assert output_names([Path("x/a.png"), Path("y/a.png"), Path("A.PNG")]) == ["x/a", "y/a", "A"]
+    assert output_names([Path("x/a.png"), Path("x/a.jpg"), Path("X/a.bmp")]) == ["x/a.png", "x/a.jpg", "X/a.bmp"]
     assert output_names([Path(name) for name in ("a.b", "a.c", "a.b.png")]) == ["a.b", "a.c", "a.b-2"]
     expected = [save(tmp_path / name, *size) for name, size in (("a.bmp", (5, 6)), ("a.png", (7, 8)))]
-    run(list_images(tmp_path), tmp_path / "out")
+    run(list_images(tmp_path)[0], tmp_path / "out")
     for name, ids in zip(("a.bmp.png", "a.png.png"), expected, strict=True):
         with Image.open(tmp_path / "out" / "masks" / name) as mask:
             assert (np.array(mask) == ids).all()
+
+
+def test_folders_of_the_input_come_back_in_the_output(tmp_path):
+    names = ["a.png", "street/0001.png", "street/0002.bmp", "street/night/0001.png", "street/night/0001.jpg"]
+    ids = {name: save(tmp_path / "photos" / name, 20 + number, 30) for number, name in enumerate(names)}
+    (tmp_path / "photos/street/0000.jpg").write_bytes(b"no picture")
+    paths, _ = list_images(tmp_path / "photos")
+    (problem,) = run(paths, tmp_path / "out", root=tmp_path / "photos")
+    assert "street/0000.jpg: cannot be read" in problem
+    stems = ["a", "street/0001", "street/0002", "street/night/0001.jpg", "street/night/0001.png"]
+    written = [
+        f"{folder}/{stem}.{kind}" for folder, kind in (("masks", "png"), ("overlays", "jpg")) for stem in stems
+    ]
+    assert files_in(tmp_path / "out") == sorted([*written, "shares.csv"])
+    with (tmp_path / "out/shares.csv").open(newline="") as file:
+        rows = [row[:2] for row in csv.reader(file)][1:]
+    assert [row[0] for row in rows] == sorted(names, key=Path)
+    for name, mask in rows:
+        if not name.endswith(".jpg"):  # whose pixels change when it is saved
+            with Image.open(tmp_path / "out" / mask) as picture:
+                assert (np.array(picture) == ids[name]).all()
 
 
 def test_unreadable_files_are_returned_and_do_not_stop_the_rest(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"")
-    unreadable = run(list_images(tmp_path), tmp_path / "out")
+    unreadable = run(list_images(tmp_path)[0], tmp_path / "out")
     assert len(unreadable) == 2
     for line, name in zip(unreadable, ("a.jpg", "c.png"), strict=True):
         assert line.startswith(f"{tmp_path / name}: cannot be read as an image")
@@ -522,7 +601,7 @@ def test_input_of_which_nothing_can_be_read_is_refused_and_leaves_nothing(tmp_pa
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"none of the 2 images can be read; the first problem: .*a\.jpg: cannot be"):
-        run(list_images(tmp_path), tmp_path / "out")
+        run(list_images(tmp_path)[0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

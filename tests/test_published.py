@@ -1,5 +1,7 @@
+import argparse
 import math
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from urllib.error import URLError
@@ -20,6 +22,7 @@ from utils.weights.load import (
     incompatible_keys,
     init_from,
     load_checkpoint,
+    load_file,
     load_model,
     load_model_state,
     require_classes,
@@ -240,7 +243,7 @@ def test_bare_weights_of_our_own_are_read(tmp_path, name):
     assert checkpoint["published"] == "bare weights"
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.", "model.module."])
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state"])
 def test_wrappers_and_prefixes_of_wrapped_modules_come_off(tmp_path, wrapper, prefix):
     shapes = published_shapes("deeplabv3", 50, 21)
@@ -290,28 +293,146 @@ class Call:
         return self.call
 
 
+PLAIN = [np.bool_(True), *(kind(3) for kind in (np.int8, np.int16, np.int32, np.int64)), np.longlong(-3)]
+PLAIN += [*(kind(3) for kind in (np.uint8, np.uint16, np.uint32, np.uint64)), np.float16(0.5), np.float32(0.5)]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("score", [*PLAIN, np.float64(0.5)], ids=lambda score: score.dtype.name)
+def test_plain_scalar_of_numpy_becomes_pythons(tmp_path, score, legacy):
+    torch.save({"w": torch.zeros(1), "score": score}, tmp_path / "a.pth", **zip_format(not legacy))
+    read = load_file(tmp_path / "a.pth", "--ckpt")["score"]
+    assert read == score.item() and type(read) is type(score.item())
+
+
+def scalar(dtype, content):
+    """A pickle that calls NumPy's function for scalars."""
+    return Call(np.float64().__reduce__()[0], (dtype, content))
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(
     "score",
     [
-        np.float32(0.5),
-        np.int64(3),
         np.zeros(3),
         np.datetime64("2020-01-01"),
-        Call(np.float64().__reduce__()[0], (Call(np.dtype, ("S3",)), b"abc")),
+        np.str_("best"),
+        np.bytes_(b"best"),
+        np.complex64(1),
+        np.zeros(1, [("a", "i4")])[0],
+        scalar(Call(np.dtype, ("S3",)), b"abc"),
+        scalar(np.dtype("O"), [1]),
+        scalar(np.dtype("f8"), b"short"),
+        scalar(np.dtype("u1"), [1]),
+        scalar("f8", bytes(8)),
     ],
-    ids=["float32", "int64", "array", "date", "bytes"],
+    ids="array date text bytes complex record S3 object short list name".split(),
 )
 def test_nothing_else_of_numpy_is_let_in(tmp_path, score, legacy):
     torch.save(vainf({"w": torch.zeros(1)}, best_score=score), tmp_path / "a.pth", **zip_format(not legacy))
-    with pytest.raises(InputError, match=r"a\.pth: holds more than tensors and builtins"):
+    with pytest.raises(InputError, match=r"a\.pth: holds more than tensors and builtins \(numpy\.[\w.]+\)"):
         load_checkpoint(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+def test_checkpoint_of_torchvisions_reference_script_is_read_with_its_arguments(tmp_path, legacy):
+    shapes = published_shapes("deeplabv3", 50, 21)
+    theirs = {name.replace("classifier.classifier.", "classifier."): value for name, value in hollow(shapes).items()}
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.01, momentum=0.9)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5)
+    main_scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=10, power=0.9)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, main_scheduler], milestones=[5])
+    weight.sum().backward()
+    optimizer.step()
+    schedule.step()
+    arguments = argparse.Namespace(model="deeplabv3_resnet50", device="cuda", lr=0.01, aux_loss=True, weights=None)
+    content = {
+        "model": theirs,
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "epoch": 29,
+        "args": arguments,
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+    }
+    torch.save(content, tmp_path / "a.pth", **zip_format(not legacy))
+    assert load_file(tmp_path / "a.pth", "--ckpt")["args"] == arguments
+    checkpoint = load_checkpoint(tmp_path / "a.pth")
+    assert checkpoint["published"] == "torchvision" and checkpoint["model_state"].keys() == shapes.keys()
+
+
+def test_lightning_checkpoint_is_read(tmp_path):
+    shapes = published_shapes("deeplabv3plus", 50, 21)
+    content = {
+        "epoch": 3,
+        "global_step": 400,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": {f"model.{name}": value for name, value in hollow(shapes).items()},
+        "callbacks": {"ModelCheckpoint{'monitor': 'miou'}": {"best_model_score": torch.tensor(0.5)}},
+        "optimizer_states": [{"state": {}, "param_groups": []}],
+        "hyper_parameters": {"lr": np.float32(0.01), "args": argparse.Namespace(classes=21)},
+    }
+    torch.save(content, tmp_path / "a.ckpt")
+    checkpoint = load_checkpoint(tmp_path / "a.ckpt")
+    assert checkpoint["options"]["model"] == "deeplabv3plus_resnet50"
+    assert checkpoint["model_state"].keys() == shapes.keys()
+
+
+class Settings(dict):
+    """A dictionary of a class of its own, as configuration libraries write."""
+
+
+ADVICE = r"; where the file came from, save the weights alone: torch\.save\({}\.state_dict\(\), 'weights\.pth'\)$"
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (lambda: torch.nn.Sequential(torch.nn.Linear(2, 1)), "torch.nn.modules.container.Sequential"),
+        (lambda: {"model": torch.nn.Conv2d(1, 1, 1)}, "torch.nn.modules.conv.Conv2d"),
+        (lambda: vainf({"w": torch.zeros(1)}, config=Settings(lr=1)), "test_published.Settings"),
+        (lambda: {"args": argparse.Namespace(root=Path("data"))}, "PosixPath"),
+    ],
+    ids=["module", "module inside", "dictionary", "path"],
+)
+def test_file_of_another_class_is_refused_by_its_name_with_the_line_that_saves_weights(
+    tmp_path, content, named, legacy
+):
+    with warnings.catch_warnings(action="ignore"):  # torch's, on the old format of whole modules
+        torch.save(content(), tmp_path / "a.pth", **zip_format(not legacy))
+    with pytest.raises(
+        InputError, match=rf"a\.pth: .*\([\w.]*{named}\), which could be code{ADVICE.format('model')}"
+    ):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_torchscript_is_refused_as_such_with_the_line_that_saves_its_weights(tmp_path):
+    with warnings.catch_warnings(action="ignore"):  # torch's, on the end of TorchScript
+        torch.jit.script(torch.nn.Linear(2, 1)).save(tmp_path / "a.pt")
+    line = ADVICE.format(r"torch\.jit\.load\('model\.pt'\)")
+    with pytest.raises(InputError, match=rf"--ckpt .*a\.pt: is a TorchScript archive, which holds code{line}"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+HIDING_PLACES = {
+    "bare": lambda code: code,
+    "namespace": lambda code: argparse.Namespace(args=[argparse.Namespace(code=code)]),
+    "argument": lambda code: Call(argparse.Namespace, (code,)),
+    "attribute": lambda code: Call(argparse.Namespace, (), (None, {"__class__": code})),
+    "scalar": lambda code: scalar(np.dtype("f8"), code),
+    "type": lambda code: Call(np.dtype, ("f8", False, True), (3, code, None, None, None, -1, -1, 0)),
+    "dictionary": lambda code: Settings(code=code),
+    "evaluated": lambda code: Call(eval, (f"__import__('os').system({code.call[1][0]!r})",)),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("place", ["best_score", "scheduler_state", "model_state"])
-def test_code_in_a_published_file_is_refused_and_does_not_run(tmp_path, place, legacy):
-    evil = vainf({"w": torch.zeros(1)}, **{place: Call(os.system, (f"touch {tmp_path / 'ran'}",))})
+@pytest.mark.parametrize("wrap", HIDING_PLACES)
+def test_code_in_a_published_file_is_refused_and_does_not_run(tmp_path, place, wrap, legacy):
+    code = Call(os.system, (f"touch {tmp_path / 'ran'}",))
+    evil = vainf({"w": torch.zeros(1)}, **{place: HIDING_PLACES[wrap](code)})
     torch.save(evil, tmp_path / "a.pth", **zip_format(not legacy))
     with pytest.raises(InputError, match=r"a\.pth: holds more than tensors and builtins"):
         load_checkpoint(tmp_path / "a.pth")

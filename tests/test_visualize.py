@@ -326,6 +326,27 @@ def test_predict_writes_mask_overlay_and_shares(run, trained, folder, tmp_path):
     assert (tmp_path / "p/shares.csv").is_file()
 
 
+def test_predict_goes_through_sub_folders_and_counts_other_files(run, trained, folder, tmp_path):
+    (folder / "JPEGImages/street").mkdir()
+    (folder / "JPEGImages/a1.jpg").rename(folder / "JPEGImages/street/a2.jpg")
+    arguments = ("--ckpt", trained / "runs/a/best.pth", "--input", folder / "JPEGImages")
+    out, path = run("predict", *arguments, data=False, out="own/JPEGImages/p")
+    assert out.endswith(f"Written: {path}/masks, {path}/overlays and {path}/shares.csv for 7 of 7 images\n")
+    masks = sorted(file.relative_to(path / "masks").as_posix() for file in (path / "masks").rglob("*.png"))
+    assert masks == ["a2.png", "a3.png", "a4.png", "b1.png", "b2.png", "b3.png", "street/a2.png"]
+    assert "street/a2.jpg,masks/street/a2.png," in (path / "shares.csv").read_text()
+    # Again: what the first run wrote is not among the images.
+    for name in ("notes.txt", "street/more.txt", ".hidden"):
+        (folder / "JPEGImages" / name).touch()
+    (folder / "JPEGImages/broken.jpg").touch()
+    out, _ = run("predict", *arguments, data=False, out="own/JPEGImages/p")
+    assert out.endswith("for 7 of 8 images (2 other files ignored)\n")
+    out, _ = run("predict", *arguments[:2], "--input", folder / "JPEGImages/street", data=False, out="one")
+    assert out.endswith("for 1 of 1 images (1 other file ignored)\n")
+    out, _ = run("predict", *arguments[:2], "--input", folder / "JPEGImages/a3.jpg", data=False, out="one")
+    assert out.endswith("for 1 of 1 images\n") and (tmp_path / "one/masks/a3.png").is_file()
+
+
 def test_predict_lists_unreadable_images_and_does_the_rest(run, trained, folder, tmp_path):
     (folder / "JPEGImages/broken.jpg").write_bytes(b"no picture")
     out, _ = run(

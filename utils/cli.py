@@ -2,11 +2,15 @@
 
 import argparse
 import functools
+import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from utils.errors import InputError
+
+SHARED_MEMORY = r"(shared memory|</?torch_).*(No space left|Cannot allocate)|workers are out of shared memory"
 
 
 class _ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -74,6 +78,34 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "OutOfMemoryError" in names or "can't allocate memory" in str(error)
 
 
+def loading_problem(error: BaseException) -> str | None:
+    """Returns a line for an error by which the system stopped the processes that load data; None for others.
+
+    The system gives them too little shared memory (in Docker 64 MB), kills them for their memory, or lets them open
+    too few files. torch says which in the error or in its causes.
+    """
+    text = "\n".join(map(str, _causes(error)))
+    fix = "lower --num_workers or --batch_size"
+    if "Too many open files" in text or "items of ancdata" in text:
+        return f"--num_workers: too many open files; raise the limit with ulimit -n 65536, or {fix}"
+    # Semaphores lie in shared memory too, but only the place of their error says so.
+    places = {Path(frame.filename).name for frame in traceback.extract_tb(error.__traceback__)}
+    if re.search(SHARED_MEMORY, text) or ("No space left" in text and "synchronize.py" in places):
+        fix = f"{fix}, or enlarge /dev/shm (in Docker with --shm-size 8g)"
+        return f"--num_workers: the processes that load data have too little shared memory; {fix}"
+    if "DataLoader worker (pid" in text and not re.search("signal: (?!Killed|Bus error)|with exit code", text):
+        fix = f"{fix}, or allow the job more memory"
+        return f"--num_workers: the system killed a process that loads data, probably because memory ran out; {fix}"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error, its cause, the cause of that, and so on, as a traceback shows them."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
 def error_line(error: BaseException) -> tuple[str, int] | None:
     """Returns the message and the exit code for an error that the user can act on; None for a bug."""
     script = Path(sys.argv[0]).name
@@ -84,6 +116,8 @@ def error_line(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, RuntimeError) and is_out_of_memory(error):
         advice = "use smaller images or batches, --amp bf16 or --device cpu"
         return f"{script}: error: the device ran out of memory; {advice}", 2
+    if isinstance(error, (RuntimeError, OSError)) and (problem := loading_problem(error)):
+        return f"{script}: error: {problem}", 2
     return None
 
 

@@ -1,7 +1,11 @@
 """Draws grids of images, legends, bar charts and curves, without a display."""
 
+import contextlib
+import logging
 import textwrap
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager, get_font
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
@@ -31,6 +37,17 @@ if TYPE_CHECKING:
 matplotlib.rcParams["text.parse_math"] = False  # a "$" in a class name is a dollar sign
 COLUMNS = 10  # samples per row
 LINES = ("-", "--", "-.", ":")  # tell runs apart in print without colour
+FONTS = (  # with Chinese, Japanese and Korean characters; those that have all three, or the most, come first
+    *("Noto Sans CJK SC", "Noto Sans CJK TC", "Noto Sans CJK JP", "Noto Sans CJK KR"),
+    *("Source Han Sans SC", "Source Han Sans CN", "Source Han Sans JP", "Source Han Sans KR", "Arial Unicode MS"),
+    *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback"),
+    *("Noto Sans SC", "Noto Sans TC", "Noto Sans JP", "Noto Sans KR"),
+    *("Microsoft YaHei", "Microsoft JhengHei", "SimHei", "PingFang SC", "Heiti SC", "Hiragino Sans GB", "STHeiti"),
+    *("Hiragino Sans", "Yu Gothic", "Meiryo", "MS Gothic", "IPAexGothic", "IPAGothic", "TakaoGothic", "VL Gothic"),
+    *("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Baekmuk Gulim", "UnDotum"),
+    *("Unifont", "Unifont-JP"),
+)
+log = logging.getLogger("deeplab")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -44,9 +61,65 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
     """Writes a PNG, completely or not at all. Raises InputError for another suffix or if it cannot be written."""
     if path.suffix.lower() != ".png":
         raise InputError(f"--out {path}: only PNG is supported; give a name that ends with .png")
+    choose_fonts(figure)
     make_folder(path.parent)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
+
+
+def choose_fonts(figure: Figure) -> None:
+    """Lets texts use installed fonts of `FONTS` for characters that the default font lacks.
+
+    Characters that none of them has become "?", with one warning per process. Other figures do not change.
+    """
+    both = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    # Labels of ticks get their texts only when they are asked for, or drawn.
+    labels = {axis: [label.get_text() for label in axis.get_ticklabels()] for axis in both}
+    texts = figure.findobj(Text)
+    lacking = {character for text in texts for character in text.get_text()} - {"\n"}
+    lacking -= _characters(*matplotlib.rcParams["font.family"])
+    if not lacking:
+        return
+    _find_new_fonts()
+    fonts, installed = [], fontManager.get_font_names()
+    for font in FONTS:
+        if lacking and font in installed and lacking & (found := _characters(font)):
+            fonts, lacking = [*fonts, font], lacking - found
+    if lacking:
+        _warn_of_missing_fonts()
+    readable = str.maketrans(dict.fromkeys(lacking, "?"))
+    for text in texts:
+        text.set_fontfamily([*text.get_fontfamily(), *fonts])
+        text.set_text(text.get_text().translate(readable))
+    for axis, names in labels.items():
+        # A label keeps its text only if the axis does not write it again when it is drawn.
+        if not lacking.isdisjoint("".join(names)):
+            axis.set_ticks(axis.get_majorticklocs(), [name.translate(readable) for name in names])
+
+
+def _characters(*families: str) -> set[str]:
+    """Returns the characters that fonts have."""
+    files = (findfont(FontProperties(family=[family])) for family in families)
+    return {chr(code) for file in files for code in get_font(file).get_charmap()}
+
+
+@cache
+def _find_new_fonts() -> None:
+    """Looks for fonts that were installed since matplotlib made its list, which it keeps in a file."""
+    known = {font.fname for font in fontManager.ttflist}
+    for path in findSystemFonts():
+        if path not in known:
+            # matplotlib cannot read every font.
+            with contextlib.suppress(Exception):
+                fontManager.addfont(path)
+
+
+@cache
+def _warn_of_missing_fonts() -> None:
+    log.warning(
+        'some names are drawn with "?", because no installed font has their characters; install one, such as '
+        "Debian's fonts-noto-cjk (Chinese, Japanese, Korean) or fonts-unifont (other scripts)"
+    )
 
 
 def add_legend(figure: Figure, dataset: SegmentationDataset, class_ids: Sequence[int]) -> None:
@@ -55,8 +128,13 @@ def add_legend(figure: Figure, dataset: SegmentationDataset, class_ids: Sequence
     colours = dataset.palette[[*class_ids, VOID]] / 255
     patches = [Patch(facecolor=c, edgecolor="0.4", label=n) for c, n in zip(colours, names, strict=True)]
     width, _ = figure.get_size_inches()
-    widest = 0.09 * max(map(len, names)) + 0.6  # inches per name
+    widest = 0.09 * max(map(text_width, names)) + 0.6  # inches per name
     figure.legend(handles=patches, loc="outside lower center", ncols=max(1, int(width / widest)), frameon=False)
+
+
+def text_width(text: str) -> int:
+    """Returns a text's width in Latin letters: a Chinese, Japanese or Korean character is as wide as two."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def show(axes: Axes, image: np.ndarray | None, *, title: str = "", label: str = "") -> None:

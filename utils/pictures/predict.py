@@ -1,5 +1,6 @@
 """Predicts label maps for images of any size and any format that Pillow reads, and writes files that show them."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, count
@@ -20,6 +21,7 @@ from utils.files import make_folder, replacing, write_csv
 from utils.pictures.plotting import overlay
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+NOT_COUNTED = {"thumbs.db", "desktop.ini"}  # Windows puts them into folders, as others put hidden files
 TURNS = {  # by EXIF orientation; 1 is upright
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -38,21 +40,40 @@ BAND = 256  # rows drawn at a time
 GRID = 16  # the largest output stride: tiles that start on its multiples see the feature grid of the whole image
 
 
-def list_images(source: str | Path) -> list[Path]:
-    """Lists the images in a folder by name, without hidden ones; a file is listed whatever its suffix.
+def list_images(source: str | Path, out: str | Path | None = None) -> tuple[list[Path], int]:
+    """Lists the images in a folder and its sub-folders by name, and counts the other files there.
 
-    Raises InputError for a path that does not exist and for a folder without images.
+    Hidden files and folders do not count, nor does what `predict_files` has written to `out`, if that lies inside.
+    If `source` is a file, it is the one image, whatever its suffix.
+    Raises InputError for a path that does not exist, a folder that cannot be read, and one without images.
     """
     source = Path(source)
     if is_file(source):
-        return [source]
+        return [source], 0
     if not is_folder(source):
         raise InputError(f"--input {source}: no such file or folder; check the path")
-    paths = [path for path in source.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
-    paths = sorted(path for path in paths if not path.name.startswith("."))
-    if not paths:
+    own = {os.path.realpath(Path(out, name)) for name in ("", "masks", "overlays", "shares.csv")} if out else set()
+    images, others, seen = [], 0, {os.path.realpath(source)}
+    for folder, folders, files in os.walk(source, onerror=_refuse, followlinks=True):
+        for name in sorted(folders):
+            # A link may lead back to where the walk has been.
+            real = os.path.realpath(Path(folder, name))
+            if name.startswith(".") or real in seen | own:
+                folders.remove(name)
+            else:
+                seen.add(real)
+        for path in (Path(folder, name) for name in files if not name.startswith(".")):
+            if path.suffix.lower() in SUFFIXES and is_file(path):
+                images.append(path)
+            elif path.name.lower() not in NOT_COUNTED and os.path.realpath(path) not in own:
+                others += 1
+    if not images:
         raise InputError(f"--input {source}: has no images ({' '.join(sorted(SUFFIXES))}); give another folder")
-    return paths
+    return sorted(images), others
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"--input {error.filename}: cannot be read ({error.strerror}); change its permissions") from None
 
 
 def read_upright(path: Path) -> torch.Tensor:
@@ -204,6 +225,7 @@ def predict_files(
     *,
     class_names: Sequence[str],
     palette: np.ndarray,
+    root: str | Path | None = None,
     amp: torch.dtype | None = None,
     tile: int = TILE,
     overlap: int | None = None,
@@ -212,11 +234,13 @@ def predict_files(
 
     Writes `<out>/masks/<name>.png` (class ids in the palette), `<out>/overlays/<name>.jpg` and, at the end,
     `<out>/shares.csv` (the share of each class in the pixels of each image). Each file is replaced as a whole. A name
-    is the image's without its suffix, or with it if two names would be equal. `tile` and `overlap` are those of
-    `predict_image`.
+    is the image's without its suffix, or with it if two names would be equal. It begins with the folders between
+    `root` and the image, if `root` is given. `tile` and `overlap` are those of `predict_image`.
     Raises InputError if no file can be read, if `out` cannot be written, or if an image would be overwritten.
     """
-    out, names = Path(out), output_names(paths)
+    out = Path(out)
+    inputs = [path.relative_to(root) if root else Path(path.name) for path in paths]
+    names = output_names(inputs)
     masks = [out / "masks" / f"{name}.png" for name in names]
     overlays = [out / "overlays" / f"{name}.jpg" for name in names]
     for target in {path.resolve() for path in paths} & {path.resolve() for path in [*masks, *overlays]}:
@@ -224,7 +248,7 @@ def predict_files(
 
     shares, unreadable = [], []
     bar = tqdm(paths, desc="predict", unit="image", dynamic_ncols=True, disable=None)
-    for path, mask, drawing in zip(bar, masks, overlays, strict=True):
+    for path, picture, mask, drawing in zip(bar, inputs, masks, overlays, strict=True):
         try:
             image = read_upright(path)
         except InputError as error:
@@ -233,8 +257,8 @@ def predict_files(
         ids = predict_image(model, image, amp=amp, tile=tile, overlap=overlap)  # [H, W]
         save_prediction(image, ids, palette, mask=mask, drawing=drawing)
         counts = torch.bincount(ids.flatten(), minlength=len(class_names))
-        names = (name.encode(errors="replace").decode() for name in (path.name, f"masks/{mask.name}"))
-        shares.append([*names, *(f"{share:.6f}" for share in (counts / ids.numel()).tolist())])
+        files = (path.as_posix().encode(errors="replace").decode() for path in (picture, mask.relative_to(out)))
+        shares.append([*files, *(f"{share:.6f}" for share in (counts / ids.numel()).tolist())])
     if not shares:
         raise InputError(f"--input: none of the {len(paths)} images can be read; the first problem: {unreadable[0]}")
     write_csv(out / "shares.csv", ["picture", "mask", *class_names], shares)
@@ -242,10 +266,14 @@ def predict_files(
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """Returns a name for each image's files; all differ even where upper and lower case are the same."""
-    stems, names, taken = Counter(path.stem.lower() for path in paths), [], set()
-    for path in paths:
-        wish = path.stem if stems[path.stem.lower()] == 1 else path.name
+    """Returns a name for each image's files; all differ even where upper and lower case are the same.
+
+    paths: relative ones; a name keeps their folders.
+    """
+    stems, names, taken = [(path.parent / path.stem).as_posix() for path in paths], [], set()
+    number = Counter(stem.lower() for stem in stems)
+    for path, stem in zip(paths, stems, strict=True):
+        wish = stem if number[stem.lower()] == 1 else path.as_posix()
         name = next(name for name in chain([wish], (f"{wish}-{i}" for i in count(2))) if name.lower() not in taken)
         names.append(name)
         taken.add(name.lower())

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,9 @@ KEYS |= OWN_KEYS
 KINDS = {"model_state": dict, "optimizer_state": dict, "scheduler_state": dict, "scaler_state": dict, "cur_itrs": int}
 KINDS |= {"best_score": (int, float), "best_itr": int, "options": dict, "class_names": list, "palette": list}
 COUNTERS = "num_batches_tracked"  # in batch norms: unused with a fixed momentum, and absent from older files
+PLAIN_SCALARS = set("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())  # NumPy's booleans, integers and floats
+WEIGHTS = "torch.save(model.state_dict(), 'weights.pth')"
+SAVE = "where the file came from, save the weights alone:"
 MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16}  # unless a checkpoint decides
 log = logging.getLogger("deeplab")
 
@@ -124,7 +128,8 @@ def load_checkpoint(path: str | Path, *, flag: str = "--ckpt", model: str | None
 def load_file(path: Path, flag: str) -> dict:
     """Reads a `torch.save` or `.safetensors` file on the CPU: tensors and builtins only.
 
-    Anything else could be code and is refused. Only a NumPy float, as scores often are, becomes a Python float.
+    Two more kinds pass, because other training scripts save them beside the weights: `argparse.Namespace`, and
+    NumPy's booleans, integers and floats, which become Python's. Anything else could be code and is refused by name.
     Raises InputError, naming the flag that the file came from.
     """
     if is_folder(path):
@@ -135,11 +140,15 @@ def load_file(path: Path, flag: str) -> dict:
         content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except ImportError:
         raise InputError(f"{flag} {path}: the package safetensors is missing; pip install safetensors") from None
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{flag} {path}: holds more than tensors and builtins, or is not a checkpoint; give another"
-        ) from None
+    except pickle.UnpicklingError as error:
+        where = f"{flag} {path}: holds more than tensors and builtins"
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise InputError(f"{where} ({named[1][:100]}), which could be code; {SAVE} {WEIGHTS}") from None
+        raise InputError(f"{where}, or is not a checkpoint; give a file that this line wrote: {WEIGHTS}") from None
     except Exception as error:  # a damaged file can raise anything
+        if "TorchScript" in str(error):
+            line = WEIGHTS.replace("model", "torch.jit.load('model.pt')")
+            raise InputError(f"{flag} {path}: is a TorchScript archive, which holds code; {SAVE} {line}") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{flag} {path}: cannot be read ({reason}); it may be incomplete") from None
     if not isinstance(content, dict):
@@ -154,18 +163,31 @@ def _load_safetensors(path: Path) -> dict:
 
 
 def _load_pickle(path: Path) -> Any:
-    scalar = [(_float64, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]  # NumPy 2 and NumPy 1
-    allowed = torch.serialization.safe_globals([*scalar, np.dtype, type(np.dtype(np.float64))])
+    scalar = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]  # NumPy 2 and NumPy 1
+    allowed = torch.serialization.safe_globals([*scalar, (_DType, "numpy.dtype"), argparse.Namespace])
     # torch warns about pickle protocols, but the file loads or is refused.
     with allowed, warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _float64(dtype: np.dtype, content: bytes) -> float:
+class _DType:
+    """Replaces `numpy.dtype`, so that a file cannot make NumPy build types."""
+
+    __slots__ = ("kind", "order")
+
+    def __init__(self, kind: str, *_: object) -> None:
+        self.kind, self.order = kind, "|"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+def _scalar(dtype: _DType, content: bytes) -> bool | int | float:
     """Replaces NumPy's function, which would make scalars of any type."""
-    if dtype != np.float64 or len(content) != dtype.itemsize:
-        raise pickle.UnpicklingError("not a float64")
-    return np.frombuffer(content, dtype).item()
+    is_plain = isinstance(dtype, _DType) and dtype.kind in PLAIN_SCALARS and dtype.order in ("<", ">", "|")
+    if not is_plain or not isinstance(content, bytes) or len(content) != int(dtype.kind[1:]):
+        raise pickle.UnpicklingError("GLOBAL numpy.dtype of another kind")
+    return np.frombuffer(content, dtype.order + dtype.kind).item()
 
 
 def load_model_state(model: nn.Module, checkpoint: dict, path: str) -> None:

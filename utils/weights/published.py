@@ -1,4 +1,4 @@
-"""Reads published checkpoints as if they were ours: VainF/DeepLabV3Plus-Pytorch, torchvision, bare state dicts.
+"""Reads published checkpoints as if they were ours: VainF's, torchvision's, Lightning's, bare state dicts.
 
     python main.py --test_only --ckpt best_deeplabv3plus_resnet101_voc_os16.pth
     python main.py --test_only --ckpt torchvision                     # trained on COCO with the VOC classes
@@ -20,8 +20,8 @@ from utils.errors import InputError
 TORCHVISION = ("deeplabv3_resnet50", "deeplabv3_resnet101")
 DEPTHS = {6: "resnet50", 23: "resnet101"}  # by the number of blocks in layer 3
 LAST_LAYERS = {"deeplabv3": "classifier.classifier.4.weight", "deeplabv3plus": "classifier.classifier.3.weight"}
-WRAPPERS = ("model_state", "model", "state_dict", "model_state_dict")  # VainF; torchvision; timm and most others
-PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
+WRAPPERS = ("model_state", "model", "state_dict", "model_state_dict")  # VainF; torchvision; Lightning and timm
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel, torch.compile; a Lightning module's
 MAX_CLASSES = 255  # ids are uint8, and 255 is void
 READABLE = "give DeepLabV3 or V3+ on ResNet-50 or -101, with the names of VainF's code or torchvision"
 NOT_READABLE = {  # by how a name begins
