@@ -40,8 +40,7 @@ from utils.errors import InputError, SampleError
 from utils.loss import build_loss
 from utils.metrics import RunningMean, scores
 from utils.options import check_options, get_parser, memory_advice, notes_on_batches, require_labels
-from utils.pictures.plotting import draw_curves, prediction_strips
-from utils.pictures.predict import PredictionWriter
+from utils.pictures.plotting import PredictionWriter, draw_curves, prediction_strips
 from utils.run import Run, finished_scores, open_run
 from utils.signals import StopSignals
 from utils.visualizer import build_visualizer

@@ -109,7 +109,7 @@ def mismatches(datasets: Sequence[SegmentationDataset]) -> list[Finding]:
 
     Reads the headers of all files, and pixels only where these differ. Skips files that cannot be read.
     """
-    return [*_palettes(datasets), *_images(datasets)]
+    return [*_palettes(datasets), *_images(datasets)] if datasets else []
 
 
 def _palettes(datasets: Sequence[SegmentationDataset]) -> Iterator[Finding]:

@@ -167,7 +167,9 @@ def read_header(path: Path) -> tuple[tuple[int, int], str, int]:
     Raises InputError if the file is not an image.
     """
     with _opened(path, "an image", otherwise="leave it out") as image:
-        return (image.height, image.width), image.mode, orientation_of(image)
+        # In a PNG Pillow looks for it behind the pixels too, and decodes them.
+        has_none = image.format == "PNG" and "exif" not in image.info
+        return (image.height, image.width), image.mode, 1 if has_none else orientation_of(image)
 
 
 def highest_grey(path: Path) -> int:
@@ -251,7 +253,8 @@ def read_ids(path: Path, known: Collection[str] = ()) -> list[str]:
     Raises InputError for an id that points outside the data folders, because results are saved under their ids.
     """
     if not is_file(path):
-        names = sorted(p.stem for p in path.parent.glob("*.txt") if not is_ghost(p.name))
+        names = {other.name for other in path.parent.glob("*.txt") if not is_ghost(other.name)} - {*CLASS_FILES}
+        names = sorted(name.removesuffix(".txt") for name in names)
         fix = (
             f"choose from {', '.join(names)} with --train_split and --val_split" if names else "write one id per line"
         )
@@ -276,7 +279,7 @@ def _id_in(line: str) -> str:
         line = first
     if PurePosixPath(line).suffix.lower() in IMAGE_SUFFIXES:
         line = str(PurePosixPath(line).with_suffix(""))
-    return line.removeprefix("/").removeprefix("JPEGImages/")
+    return line.removeprefix("/JPEGImages/").removeprefix("JPEGImages/")
 
 
 def find_class_names(*folders: Path) -> Path | None:

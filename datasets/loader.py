@@ -34,7 +34,10 @@ def open_train_set(opts: argparse.Namespace, checkpoint: dict | None, lists: Pat
 def open_eval_set(opts: argparse.Namespace, checkpoint: dict | None, lists: Path) -> SegmentationDataset:
     """Opens `--val_split` for evaluation: whole images, or centre crops with `--crop_val`."""
     transform = crop_val_transform(opts.crop_size) if opts.crop_val else eval_transform()
-    return open_split(opts, opts.val_split, transform, checkpoint=checkpoint, lists=lists)
+    dataset = open_split(opts, opts.val_split, transform, checkpoint=checkpoint, lists=lists)
+    if opts.dataset == "folder":
+        log.info(f"{dataset.layout}; splits: {dataset.splits.source}")
+    return dataset
 
 
 def open_split(

@@ -69,7 +69,11 @@ def require_one_size(image: torch.Tensor, mask: torch.Tensor, mask_path: Path) -
     turned = (height, width) == (mask_width, mask_height)
     raise InputError(
         f"{mask_path}: the mask is {mask_width}x{mask_height}, its image {width}x{height}; "
-        + ("one of them is turned by 90 degrees: turn it back" if turned else "both need the same size: resize one")
+        + (
+            "one of them is turned by 90 degrees: turn it back"
+            if turned
+            else "they must have the same size: resize one"
+        )
     )
 
 

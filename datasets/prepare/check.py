@@ -12,7 +12,7 @@ from tqdm import tqdm
 from datasets import build_dataset
 from datasets.audit import Finding, absent_classes, mismatches
 from datasets.files import VOID, read_image, read_mask
-from datasets.layout import Layout, Splits
+from datasets.folder import Layout, Splits
 from datasets.voc import SegmentationDataset, require_one_size
 from utils.errors import InputError
 
@@ -39,11 +39,13 @@ def check_dataset(
             opened[split] = build_dataset(name, root, split, year=year)
         except InputError as error:
             findings.append(_finding(error))
-    findings += _check_files(opened.values())
+    absent = []
+    for split in ["train"] if "train" in opened else [split for split in opened if "train" in split]:
+        absent += absent_classes(opened[split], allow_absent=allow_absent or name != "folder")
+    # Where a class has no pixel at all, masks of nothing but background are no news.
+    findings += absent + _check_files(opened.values(), find_empty=not any(finding.fatal for finding in absent))
     findings += _check_lists(opened, leave_out={finding.path for finding in findings})
     findings += _without_masks(opened)
-    for split in ["train"] if "train" in opened else [split for split in opened if "train" in split]:
-        findings += absent_classes(opened[split], allow_absent=allow_absent or name != "folder")
     findings += mismatches(list(opened.values()))
     pairs = {split: len(dataset) for split, dataset in opened.items()}
     classes = max((dataset.num_classes for dataset in opened.values()), default=0)
@@ -67,7 +69,7 @@ def _finding(error: InputError) -> Finding:
     return Finding(path, problem, fatal=True)
 
 
-def _check_files(datasets: Iterable[SegmentationDataset]) -> list[Finding]:
+def _check_files(datasets: Iterable[SegmentationDataset], *, find_empty: bool) -> list[Finding]:
     """Checks each image, each mask, and that the two match."""
     pairs = {mask: (image, data) for data in datasets for image, mask in zip(data.images, data.masks, strict=True)}
     findings, missing_images, missing_masks = [], [], []
@@ -84,7 +86,7 @@ def _check_files(datasets: Iterable[SegmentationDataset]) -> list[Finding]:
             missing_images.append(image_path)
         if image is not None and mask is not None:
             _attempt(findings, require_one_size, image, mask, mask_path)
-        if mask is not None and (problem := _emptiness(mask, dataset.class_names[0])):
+        if find_empty and mask is not None and (problem := _emptiness(mask, dataset.class_names[0])):
             findings.append(Finding(str(mask_path), problem, fatal=False))
     findings += _missing("the image is missing", missing_images, len(pairs))
     return findings + _missing("the mask is missing", missing_masks, len(pairs))
