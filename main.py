@@ -59,9 +59,6 @@ def train(
         train_set = open_train_set(opts, checkpoint, run.folder / "splits")
         model = initial_model(opts, checkpoint, val_set.class_names, device)
     require_same_ids(val_set, train_set)
-    if is_main():
-        resumed = opts.continue_training and checkpoint
-        require_sound([train_set, val_set], allow_absent=opts.allow_absent or opts.dataset != "folder" or resumed)
     log.info(f"Dataset: {opts.dataset}, Train set: {len(train_set)}, Val set: {len(val_set)}")
 
     # SGD, with the backbone at a fraction of the learning rate. Fused is one kernel for all weights, but if a scaler
@@ -95,6 +92,7 @@ def train(
     val_interval = opts.val_interval or state.itrs_per_epoch
     net = compile_model(parallel(model)) if opts.compile else parallel(model)
     if is_main():
+        require_sound(opts, [train_set, val_set], fresh=not (opts.continue_training and checkpoint))
         run.start(opts, device, [train_set, val_set], resumed_at=state.validated_itr)
     vis = build_visualizer(opts.enable_vis and is_main(), port=opts.vis_port, env=opts.vis_env)
     vis.start(vars(opts), run.history())
@@ -184,11 +182,10 @@ def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, a
         test_set = open_eval_set(opts, checkpoint, run.folder.parent / "splits")
         model = initial_model(opts, checkpoint, test_set.class_names, device)
     require_same_ids(test_set)
-    if is_main():
-        require_sound([test_set], allow_absent=True)
     log.info(f"Dataset: {opts.dataset}, Test set: {len(test_set)} ({opts.val_split})")
     loader = eval_loader(opts, test_set, device, rank=rank(), processes=world_size())
     if is_main():
+        require_sound(opts, [test_set], fresh=False)
         run.start(opts, device, [test_set])
     log.info("validation...")
     writer = PredictionWriter(run.folder / "results", test_set) if opts.save_val_results else None
@@ -213,7 +210,6 @@ def main(argv: list[str] | None = None) -> dict:
         check_options(opts, processes=world_size())
         if opts.export:
             from utils.weights.onnx import export_checkpoint  # training does not need it
-
             return export_checkpoint(opts)
         device = choose_device(opts.device)
         amp = choose_amp(opts.amp, device)

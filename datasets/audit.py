@@ -3,6 +3,7 @@
 Training and the data set doctor judge by the same functions.
 """
 
+import argparse
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -41,11 +42,12 @@ class Finding:
     fatal: bool  # whether training stops at it; otherwise it trains on less data, or scores mean something else
 
 
-def require_sound(datasets: Sequence[SegmentationDataset], *, allow_absent: bool) -> None:
+def require_sound(opts: argparse.Namespace, datasets: Sequence[SegmentationDataset], *, fresh: bool) -> None:
     """Logs the findings about splits of one data set, the one that is trained on or tested first.
 
-    For `allow_absent` see `absent_classes`. Raises InputError for a fatal finding.
+    A class that no mask shows is fatal at a fresh start on one's own folder. Raises InputError for a fatal finding.
     """
+    allow_absent = opts.allow_absent or opts.dataset != "folder" or not fresh
     for finding in (*absent_classes(datasets[0], allow_absent=allow_absent), *mismatches(datasets)):
         if finding.fatal:
             raise InputError(f"{finding.path}: {finding.problem}")
