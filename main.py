@@ -198,7 +198,6 @@ def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, a
     if is_main():
         run.write_scores(result, matrix, test_set.class_names, boundary_iou=figures["class_boundary_iou"])
         write_card(run.folder, figures, result, opts=opts, class_names=test_set.class_names)
-        log.info(f"Scores saved in {run.folder}")
     return result
 
 

@@ -174,6 +174,7 @@ def write_card(folder: Path, card: dict, result: dict, *, opts: argparse.Namespa
     write_text(folder / "card.json", json.dumps(_without_nan(figures), indent=2, allow_nan=False) + "\n")
     rows = [[id, f"{iou:.6f}", f"{accuracy:.6f}"] for id, iou, accuracy in card["per_image"]]
     write_csv(folder / "images.csv", ["image", "mean_iou", "pixel_accuracy"], rows)
+    log.info(f"Scores saved in {folder}")
 
 
 def _without_nan(value: object) -> object:
