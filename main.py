@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> dict:
         check_options(opts, processes=world_size())
         if opts.export:
             from utils.weights.onnx import export_checkpoint  # training does not need it
+
             return export_checkpoint(opts)
         device = choose_device(opts.device)
         amp = choose_amp(opts.amp, device)
