@@ -19,6 +19,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, PolynomialLR, StepLR
 from tqdm import tqdm
 
+from datasets.audit import require_sound
 from datasets.loader import end_workers, eval_loader, open_eval_set, open_train_set, train_loader
 from datasets.stats import count_class_weights
 from utils.checkpoint import TrainingState, require_finite
@@ -39,8 +40,7 @@ from utils.errors import InputError, SampleError
 from utils.loss import build_loss
 from utils.metrics import RunningMean, scores
 from utils.options import check_options, get_parser, memory_advice, notes_on_batches, require_labels
-from utils.pictures.plotting import draw_curves, prediction_strips
-from utils.pictures.predict import PredictionWriter
+from utils.pictures.plotting import PredictionWriter, draw_curves, prediction_strips
 from utils.run import Run, finished_scores, open_run
 from utils.signals import StopSignals
 from utils.visualizer import build_visualizer
@@ -92,6 +92,7 @@ def train(
     val_interval = opts.val_interval or state.itrs_per_epoch
     net = compile_model(parallel(model)) if opts.compile else parallel(model)
     if is_main():
+        require_sound(opts, [train_set, val_set], fresh=not (opts.continue_training and checkpoint))
         run.start(opts, device, [train_set, val_set], resumed_at=state.validated_itr)
     vis = build_visualizer(opts.enable_vis and is_main(), port=opts.vis_port, env=opts.vis_env)
     vis.start(vars(opts), run.history())
@@ -184,6 +185,7 @@ def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, a
     log.info(f"Dataset: {opts.dataset}, Test set: {len(test_set)} ({opts.val_split})")
     loader = eval_loader(opts, test_set, device, rank=rank(), processes=world_size())
     if is_main():
+        require_sound(opts, [test_set], fresh=False)
         run.start(opts, device, [test_set])
     log.info("validation...")
     writer = PredictionWriter(run.folder / "results", test_set) if opts.save_val_results else None
@@ -196,7 +198,6 @@ def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, a
     if is_main():
         run.write_scores(result, matrix, test_set.class_names, boundary_iou=figures["class_boundary_iou"])
         write_card(run.folder, figures, result, opts=opts, class_names=test_set.class_names)
-        log.info(f"Scores saved in {run.folder}")
     return result
 
 

@@ -47,6 +47,7 @@ def get_parser() -> ArgumentParser:
     add_data(command, out="results/stats.png")
     command = add(check, "check", "all problems in images and masks; exit code 2 if training would fail")
     add_data(command, split=None)
+    command.add_argument("--allow_absent", action="store_true", help="judge as main.py --allow_absent does")
     command = add(compare, "compare", "RGB | ground truth | a column per model, with the mIoU of each image")
     add_data(command, num=5, out="results/compare.png")
     add_models(command, nargs="+")
@@ -125,7 +126,9 @@ def count_or_all(text: str) -> int | str:
 
 
 def open_data(opts: Namespace, lists: Path | None = None) -> SegmentationDataset:
-    return build_dataset(opts.dataset, opts.data_root, opts.split, year=opts.year, lists=lists)
+    dataset = build_dataset(opts.dataset, opts.data_root, opts.split, year=opts.year, lists=lists)
+    dataset.require_masks()
+    return dataset
 
 
 def choose(opts: Namespace, dataset: SegmentationDataset, *, must_cover: bool) -> list[int]:
@@ -168,7 +171,9 @@ def check(opts: Namespace) -> None:
     """Runs the data set doctor. Raises InputError if training would fail."""
     from datasets.prepare.check import check_dataset, format_findings
 
-    findings, checked = check_dataset(opts.dataset, opts.data_root, opts.split, year=opts.year)
+    findings, checked = check_dataset(
+        opts.dataset, opts.data_root, opts.split, year=opts.year, allow_absent=opts.allow_absent
+    )
     print("\n".join(format_findings(findings, checked)))
     if fatal := [finding for finding in findings if finding.fatal]:
         first = f"{fatal[0].path}: {fatal[0].problem}"

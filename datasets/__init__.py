@@ -1,6 +1,6 @@
 """Opens data sets by name. No other module knows the names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from datasets.folder import FolderSegmentation
@@ -18,22 +18,26 @@ def build_dataset(
     *,
     year: str = "2012",
     download: bool = False,
+    named: Collection[str] = ("train", "val"),
     lists: Path | None = None,
     seed: int = 1,
 ) -> SegmentationDataset:
-    """Opens one split of a data set.
+    """Opens one split of a data set. Its masks and images may still be missing, see `require_masks`.
 
-    `year` and `download` apply to "voc". `lists` and `seed` apply to a "folder" without split lists, see
-    `FolderSegmentation`. "shapes" is generated in `<root>/shapes` on first use.
+    `year` and `download` apply to "voc"; `named`, `lists` and `seed` to "folder", see `FolderSegmentation`.
+    "shapes" is generated in `<root>/shapes` on first use.
     Raises InputError for a name that is not in `DATASETS` and for data that cannot be used.
     """
     if name == "voc":
-        return VOCSegmentation(root, year, split, transform, download)
-    if name == "folder":
-        return FolderSegmentation(root, split, transform, lists=lists, seed=seed)
-    if name == "shapes":
+        dataset = VOCSegmentation(root, year, split, transform, download)
+    elif name == "folder":
+        dataset = FolderSegmentation(root, split, transform, named=named, lists=lists, seed=seed)
+    elif name == "shapes":
         # Imported late: `python -m datasets.shapes` warns if the package has imported it before.
         from datasets import shapes
 
-        return FolderSegmentation(shapes.generate(Path(root) / "shapes"), split, transform)
-    raise InputError(f"--dataset {name}: there is no such data set; choose one of {', '.join(DATASETS)}")
+        dataset = FolderSegmentation(shapes.generate(Path(root) / "shapes"), split, transform)
+    else:
+        raise InputError(f"--dataset {name}: there is no such data set; choose one of {', '.join(DATASETS)}")
+    dataset.split = split
+    return dataset

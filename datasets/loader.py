@@ -34,7 +34,10 @@ def open_train_set(opts: argparse.Namespace, checkpoint: dict | None, lists: Pat
 def open_eval_set(opts: argparse.Namespace, checkpoint: dict | None, lists: Path) -> SegmentationDataset:
     """Opens `--val_split` for evaluation: whole images, or centre crops with `--crop_val`."""
     transform = crop_val_transform(opts.crop_size) if opts.crop_val else eval_transform()
-    return open_split(opts, opts.val_split, transform, checkpoint=checkpoint, lists=lists)
+    dataset = open_split(opts, opts.val_split, transform, checkpoint=checkpoint, lists=lists)
+    if opts.dataset == "folder":
+        log.info(f"{dataset.layout}; splits: {dataset.splits.source}")
+    return dataset
 
 
 def open_split(
@@ -54,10 +57,11 @@ def open_split(
             transform,
             year=opts.year,
             download=opts.download,
+            named=(opts.train_split, opts.val_split),
             lists=lists if continued else None,
             seed=opts.random_seed,
         )
-        dataset.split = split
+        dataset.require_masks()
         dataset.require_images()
     except InputError as error:
         raise InputError(f"{error}{_hint(opts, checkpoint)}") from None

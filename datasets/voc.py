@@ -16,13 +16,15 @@ from torchvision import tv_tensors
 from tqdm import tqdm
 
 from datasets.files import (
+    CONVERT,
     IMAGE_SUFFIXES,
     existing_folder,
+    list_files,
+    only_path,
     read_ids,
     read_image,
     read_mask,
     read_size,
-    require_one_size,
 )
 from utils.errors import InputError, SampleError
 
@@ -59,6 +61,22 @@ def decode_target(target: np.ndarray | torch.Tensor | int, palette: np.ndarray) 
     return palette[ids]
 
 
+def require_one_size(image: torch.Tensor, mask: torch.Tensor, mask_path: Path) -> None:
+    """Raises InputError if an image `[3, H, W]` and its mask `[H, W]` differ in size."""
+    (height, width), (mask_height, mask_width) = image.shape[1:], mask.shape
+    if (height, width) == (mask_height, mask_width):
+        return
+    turned = (height, width) == (mask_width, mask_height)
+    raise InputError(
+        f"{mask_path}: the mask is {mask_width}x{mask_height}, its image {width}x{height}; "
+        + (
+            "one of them is turned by 90 degrees: turn it back"
+            if turned
+            else "they must have the same size: resize one"
+        )
+    )
+
+
 class SegmentationDataset(torch.utils.data.Dataset):
     """The images and masks of one split of a folder in VOC layout.
 
@@ -66,29 +84,33 @@ class SegmentationDataset(torch.utils.data.Dataset):
     `tv_tensors.Image`, uint8 RGB `[3, H, W]`, the mask a `tv_tensors.Mask`, uint8 class ids `[H, W]`, void 255.
     The epoch, 0 by default, varies the augmentation.
 
+    An image is turned upright as its EXIF orientation says, unless the mask fits only the pixels as they are stored.
+
+    convert: the command to convert the masks, for errors.
     Attributes: `class_names`, `num_classes`, `palette` (`[256, 3]` uint8 RGB), `ids`, `images` and `masks` (paths by
-    index), `missing_images` (paths; `require_images` raises if there are any).
-    Raises InputError for a missing folder or mask.
+    index), `all_masks` (those of other splits too, where they are known), `missing_images`, and `source`, the list or
+    the folder that the ids come from.
     """
 
     split = ""  # the name of the split
-    made_split = False  # whether the split was made here, because the data set has no lists
+    made_split = False  # whether the split was drawn here, because the data set has no lists
 
     def __init__(
         self,
         folder: Path,
         ids: list[str],
         *,
-        mask_folder: Path,
+        images: Iterable[Path],
+        masks: Iterable[Path],
         class_names: list[str],
-        palette: np.ndarray,
+        palette: np.ndarray | None = None,
         transform: Callable | None = None,
+        convert: str = CONVERT,
     ) -> None:
-        self.folder, self.ids, self.transform = folder, ids, transform
-        self.class_names, self.palette = list(class_names), palette
-        self.masks = [mask_folder / f"{id}.png" for id in ids]
-        self.require_masks()
-        self.images = [_find_image(folder / "JPEGImages", id) for id in ids]
+        self.folder, self.ids, self.images, self.masks = folder, ids, list(images), list(masks)
+        self.class_names, self.palette = list(class_names), voc_colormap() if palette is None else palette
+        self.transform, self.convert = transform, convert
+        self.all_masks, self.source = self.masks, folder
         self.missing_images = [path for path in self.images if not path.is_file()]
 
     @property
@@ -101,15 +123,20 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         self.require_images()
-        image, mask = self._read(index)
+        image, mask = self.pair(index)
         image, mask = tv_tensors.Image(image), tv_tensors.Mask(mask)
         if self.transform is not None:
             image, mask = self.transform(image, mask, epoch=epoch, index=index)
         return image, mask
 
-    def _read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def pair(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads an image and its mask without the transform; see `image` and `mask`.
+
+        Raises SampleError if one of them cannot be used or their sizes differ.
+        """
         try:
-            image, mask = self.image(index), self.mask(index)
+            mask = self.mask(index)
+            image = read_image(self.images[index], fits=tuple(mask.shape))
             require_one_size(image, mask, self.masks[index])
         except InputError as error:
             raise SampleError(str(error)) from None
@@ -120,7 +147,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
         def problem(index: int) -> str | None:
             try:
-                self._read(index)
+                self.pair(index)
             except SampleError as error:
                 return str(error)
 
@@ -139,15 +166,19 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.ids, self.images, self.masks = ([column[index] for index in kept] for column in columns)
 
     def image(self, index: int) -> torch.Tensor:
-        """Reads an image without the transform, uint8 RGB `[3, H, W]`."""
-        return read_image(self.images[index])
+        """Reads an image without the transform, uint8 RGB `[3, H, W]`. Looks at the size of the mask."""
+        return read_image(self.images[index], fits=read_size(self.masks[index]))
 
     def mask(self, index: int) -> torch.Tensor:
         """Reads a mask without the transform, uint8 class ids `[H, W]`. Does not need the image."""
-        return read_mask(self.masks[index], self.num_classes)
+        return read_mask(self.masks[index], self.num_classes, convert=self.convert)
+
+    def require_apart(self) -> None:
+        """Raises InputError if the split shares an id with one that it must not overlap."""
 
     def require_masks(self) -> None:
-        """Raises InputError if masks are missing."""
+        """Raises InputError if masks are missing, and as `require_apart` does."""
+        self.require_apart()
         missing = [path for path in self.masks if not path.is_file()]
         if missing:
             raise InputError(
@@ -202,32 +233,27 @@ class VOCSegmentation(SegmentationDataset):
             )
         lists, masks = folder / "ImageSets" / "Segmentation", "SegmentationClass"
         if year == "2012_aug" and image_set in ("train", "train_aug"):
-            path, masks = augmented_list(Path(root), lists), "SegmentationClassAug"
-            ids = read_ids(path)
-            self.require_apart(path, ids, read_ids(lists / "val.txt"))
+            source, masks = augmented_list(Path(root), lists), "SegmentationClassAug"
+            ids = read_ids(source)
+            self.shared = sorted(set(ids) & set(read_ids(lists / "val.txt")))
         else:
-            ids = read_ids(lists / f"{image_set}.txt")
+            source, self.shared = lists / f"{image_set}.txt", []
+            ids = read_ids(source)
+        images = list_files(folder / "JPEGImages", IMAGE_SUFFIXES)
         super().__init__(
             folder,
             ids,
-            mask_folder=existing_folder(folder / masks),
+            images=[only_path(images.get(id) or [folder / "JPEGImages" / f"{id}.jpg"]) for id in ids],
+            masks=[existing_folder(folder / masks) / f"{id}.png" for id in ids],
             class_names=VOC_CLASSES,
-            palette=voc_colormap(),
             transform=transform,
         )
+        self.source = source
 
-    def require_apart(self, path: Path, ids: list[str], val_ids: list[str]) -> None:
-        """Raises InputError if the training list at `path` shares an id with `val`."""
-        shared = sorted(set(ids) & set(val_ids))
-        if shared:
-            raise InputError(
-                f"{path}: {shared[0]} is also in val ({len(shared)} such ids); remove them from the list"
-            )
-
-
-def _find_image(folder: Path, id: str) -> Path:
-    candidates = [folder / f"{id}{suffix}" for suffix in IMAGE_SUFFIXES]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    def require_apart(self) -> None:
+        if self.shared:
+            shared = f"{self.shared[0]} is also in val ({len(self.shared)} such ids)"
+            raise InputError(f"{self.source}: {shared}; remove them from the list")
 
 
 def augmented_list(root: Path, lists: Path) -> Path:

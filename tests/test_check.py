@@ -11,6 +11,11 @@ from tests.conftest import write_picture, write_voc_layout
 from utils.errors import InputError
 
 
+def without_absent(findings: list[Finding]) -> list[Finding]:
+    """Drops what is said of the 17 classes of VOC that the masks here do not show."""
+    return [finding for finding in findings if "such a class cannot be learned" not in finding.problem]
+
+
 def check(root: Path, name: str = "folder", splits: list[str] | None = None, **options: str) -> list[Finding]:
     return check_dataset(name, root, splits, **options)[0]
 
@@ -38,7 +43,7 @@ def test_a_clean_voc_has_no_finding_and_trainval_may_hold_the_other_lists(voc_ro
     (lists(voc) / "trainval.txt").write_text("a1\na2\na3\na4\nb1\nb2\nb3\n")
     (lists(voc) / "train_aug.txt").write_text("an id that only 2012_aug has\n")
     findings, checked = check_dataset("voc", voc_root)
-    assert findings == []
+    assert without_absent(findings) == []
     assert checked == {"folder": str(voc), "classes": 21, "pairs": {"train": 4, "val": 3, "trainval": 7}}
 
 
@@ -104,7 +109,7 @@ DAMAGES = [
     ("SegmentationClass/a1.png", Path.unlink, "the mask is missing; add it"),
     ("SegmentationClass/a1.png", truncate, "cannot be read as a mask"),
     ("SegmentationClass/a1.png", empty, "cannot be read as a mask"),
-    ("SegmentationClass/a1.png", colour, "has mode RGB, but a mask holds class ids"),
+    ("SegmentationClass/a1.png", colour, "holds colours (mode RGB), but a mask holds ids"),
     ("SegmentationClass/a1.png", crop, "the mask is 30x20, its image 52x40"),
     ("SegmentationClass/a1.png", stray, "value 4 is neither a class (0..3) nor void"),
     ("ImageSets/Segmentation/train.txt", empty, "the split is empty"),
@@ -118,6 +123,7 @@ def test_damage_is_found_by_file_and_is_fatal_as_it_is_in_training(folder, file,
     only(check(folder), folder / file, problem, fatal=True)
     with pytest.raises(InputError, match=Path(file).name):
         dataset = build_dataset("folder", folder, "train")
+        dataset.require_masks()
         dataset.require_images()
         dataset[0]
 
@@ -139,12 +145,14 @@ def test_a_pair_in_two_lists_is_reported_once(folder):
     only(check(folder), folder / "SegmentationClass" / "a1.png", "cannot be read", fatal=True)
 
 
-@pytest.mark.parametrize("what", ["JPEGImages", "SegmentationClass"])
-def test_files_that_are_all_missing_are_one_finding_with_their_count(folder, what):
-    for path in (folder / what).iterdir():
+@pytest.mark.parametrize(
+    ("folder_name", "named", "problem"),
+    [("JPEGImages", "JPEGImages/a1.jpg", "7 of 7"), ("SegmentationClass", "SegmentationClass", "has no masks")],
+)
+def test_files_that_are_all_missing_are_one_finding(folder, folder_name, named, problem):
+    for path in (folder / folder_name).iterdir():
         path.unlink()
-    suffix = {"JPEGImages": "jpg", "SegmentationClass": "png"}[what]
-    only(check(folder), folder / what / f"a1.{suffix}", "7 of 7", fatal=True)
+    only(check(folder), folder / named, problem, fatal=True)
 
 
 @pytest.mark.parametrize("text", [None, "sky\nroad\nsky\n", "sky\n", b"sky\nStra\xdfe\n"])
@@ -162,7 +170,7 @@ def test_a_missing_folder_is_one_finding(tmp_path):
 
 def test_a_split_without_a_list_is_found_and_the_others_are_checked(folder):
     findings, checked = check_dataset("folder", folder, ["train", "tset"])
-    only(findings, lists(folder) / "tset.txt", "there is no such split list", "has train, val", fatal=True)
+    only(findings, lists(folder) / "tset.txt", "there is no such split list", "choose from train, val", fatal=True)
     assert checked["pairs"] == {"train": 4}
 
 
@@ -242,10 +250,10 @@ def augmented(voc_root):
 def test_train_of_2012_aug_is_its_own_list_with_its_own_masks(augmented):
     (augmented / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").unlink()  # the list of 2012
     findings, checked = check_dataset("voc", augmented, year="2012_aug")
-    assert findings == [] and checked["pairs"] == {"train": 2, "val": 3}
+    assert without_absent(findings) == [] and checked["pairs"] == {"train": 2, "val": 3}
     path = augmented / "VOCdevkit/VOC2012/SegmentationClassAug/a2.png"
     path.unlink()
-    only(check(augmented, "voc", year="2012_aug"), path, "the mask is missing", fatal=True)
+    only(without_absent(check(augmented, "voc", year="2012_aug")), path, "the mask is missing", fatal=True)
 
 
 @pytest.mark.parametrize("splits", [None, ["train"]])
@@ -253,7 +261,7 @@ def test_2012_aug_that_shares_ids_with_val_is_fatal_and_its_pairs_are_still_chec
     voc = augmented / "VOCdevkit" / "VOC2012"
     (lists(voc) / "train_aug.txt").write_text("a1\na2\nb2\n")
     (voc / "SegmentationClassAug" / "a2.png").unlink()
-    findings = check(augmented, "voc", splits, year="2012_aug")
+    findings = without_absent(check(augmented, "voc", splits, year="2012_aug"))
     assert {(finding.path, finding.fatal) for finding in findings} == {
         (str(lists(voc) / "train_aug.txt"), True),
         (str(voc / "SegmentationClassAug" / "a2.png"), True),
@@ -265,7 +273,7 @@ def test_2012_aug_is_kept_apart_from_every_other_list(augmented):
     (lists(voc) / "train_aug.txt").write_text("a1\na2\nb2\n")
     (lists(voc) / "test.txt").write_text("a2\nb3\n")
     (voc / "JPEGImages" / "b3.jpg").write_bytes((voc / "JPEGImages" / "a1.jpg").read_bytes())
-    findings = check(augmented, "voc", ["train_aug", "val", "test"], year="2012_aug")
+    findings = without_absent(check(augmented, "voc", ["train_aug", "val", "test"], year="2012_aug"))
     problems = {finding.problem: (Path(finding.path).name, finding.fatal) for finding in findings}
     assert [(about, problem.split(",")[0]) for problem, about in problems.items()] == [
         (("train_aug.txt", True), "b2 is also in val (1 such ids); remove them from the list"),

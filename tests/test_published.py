@@ -704,7 +704,7 @@ def test_published_file_is_scored_and_trained_from_but_not_gone_on_from(start, r
 def test_init_from_on_other_classes_lists_what_it_leaves_at_random(start, refused, published, folder, tmp_path):
     (folder / "class_names.txt").write_text("sky\nroad\ntree\ncar\nboat\n")
     assert "was trained on 4 classes" in refused("--ckpt", published)
-    flags = ("--model", MOBILENET, "--total_itrs", 1, "--lr", 0)
+    flags = ("--model", MOBILENET, "--total_itrs", 1, "--lr", 0, "--allow_absent")
     _, out = start("--init_from", published, *flags)
     assert "classifier.classifier.3.weight" in out and "[4, 256, 1, 1]" in out and "[5, 256, 1, 1]" in out
     ours = torch.load(tmp_path / "runs/a/latest.pth", weights_only=True)["model_state"]

@@ -207,6 +207,7 @@ def test_class_table_has_a_bar_as_long_as_each_iou_and_a_dash_for_an_absent_clas
         "tree": "0.7500 ★",
         "car": "-",
         "mean (mIoU)": "0.7702",
+        "classes in the mean": "3 of 4",
     }
     assert page.column("iou-of-each-class", b)["tree"] == "0.7500 ★"
     table = page.table("iou-of-each-class")

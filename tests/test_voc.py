@@ -72,7 +72,7 @@ def test_a_missing_folder_is_named_with_the_flag(tmp_path):
 
 
 def test_a_missing_split_is_named_with_the_existing_lists(voc_root):
-    with pytest.raises(InputError, match=r"tset\.txt: there is no such split list.*has train, val"):
+    with pytest.raises(InputError, match=r"tset\.txt: there is no such split list.*choose from train, val"):
         VOCSegmentation(voc_root, "2012", "tset")
 
 
@@ -85,7 +85,7 @@ def test_empty_split_is_refused(voc_root):
 def test_missing_mask_is_refused_when_the_set_is_opened(voc_root):
     (voc_root / "VOCdevkit/VOC2012/SegmentationClass/a2.png").unlink()
     with pytest.raises(InputError, match=r"a2\.png: the mask is missing \(1 of 4"):
-        VOCSegmentation(voc_root)
+        VOCSegmentation(voc_root).require_masks()
 
 
 def test_missing_images_are_counted_and_refused_only_when_one_is_read(voc_root):
@@ -129,7 +129,7 @@ def test_2012_aug_validates_on_the_masks_of_2012(augmented):
 def test_2012_aug_refuses_a_list_that_shares_an_id_with_val(augmented):
     (augmented / "VOCdevkit/VOC2012/ImageSets/Segmentation/train_aug.txt").write_text("a1\nb2\n")
     with pytest.raises(InputError, match=r"train_aug\.txt: b2 is also in val \(1"):
-        VOCSegmentation(augmented, "2012_aug", "train")
+        VOCSegmentation(augmented, "2012_aug", "train").require_masks()
 
 
 def test_2012_aug_without_its_list_says_where_it_belongs(voc_root):

@@ -18,7 +18,7 @@ import torch
 from utils.distributed import all_gather, all_sum
 from utils.environment import peak_memory_mb
 from utils.files import write_csv, write_text
-from utils.metrics import LABELS, SCORE_COLUMNS, BoundaryIoU, occurrences
+from utils.metrics import LABELS, SCORE_COLUMNS, BoundaryIoU, classes_in_mean, occurrences
 from utils.options import TEST_FLAGS
 
 RESAMPLES = 1000
@@ -166,6 +166,7 @@ def write_card(folder: Path, card: dict, result: dict, *, opts: argparse.Namespa
     figures = {name: getattr(opts, name) for name in ("ckpt", "dataset", "val_split", *TEST_FLAGS)}
     figures |= {"comparable": not opts.crop_val}
     figures |= {column: result[name] for column, name in SCORE_COLUMNS.items()}
+    figures |= {"classes_in_mean": classes_in_mean(result["Class IoU"])}
     figures |= {name: value for name, value in card.items() if name not in ("class_boundary_iou", "per_image")}
     figures["worst"] = [{"image": id, "mean_iou": iou} for id, iou in card["worst"]]
     ious = zip(class_names, result["Class IoU"], card["class_boundary_iou"], strict=True)
@@ -173,6 +174,7 @@ def write_card(folder: Path, card: dict, result: dict, *, opts: argparse.Namespa
     write_text(folder / "card.json", json.dumps(_without_nan(figures), indent=2, allow_nan=False) + "\n")
     rows = [[id, f"{iou:.6f}", f"{accuracy:.6f}"] for id, iou, accuracy in card["per_image"]]
     write_csv(folder / "images.csv", ["image", "mean_iou", "pixel_accuracy"], rows)
+    log.info(f"Scores saved in {folder}")
 
 
 def _without_nan(value: object) -> object:

@@ -132,8 +132,15 @@ def image_iou(target: torch.Tensor, prediction: torch.Tensor, num_classes: int) 
 
 
 def format_scores(result: dict) -> list[str]:
-    """Formats the four scores, one per line."""
-    return [f"{name}: {result[name]:.6f}" for name in ("Overall Acc", "Mean Acc", "FreqW Acc", "Mean IoU")]
+    """Formats the four scores, one per line, and a line with the classes in the mean if these are not all."""
+    lines = [f"{name}: {result[name]:.6f}" for name in ("Overall Acc", "Mean Acc", "FreqW Acc", "Mean IoU")]
+    in_mean, total = classes_in_mean(result["Class IoU"]), len(result["Class IoU"])
+    return lines if in_mean == total else [*lines, f"Classes in the mean: {in_mean} of {total}"]
+
+
+def classes_in_mean(class_iou: list[float]) -> int:
+    """Counts the classes in a mean IoU: a class in neither target nor prediction has IoU NaN and is not in it."""
+    return sum(iou == iou for iou in class_iou)
 
 
 def format_class_table(

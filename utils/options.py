@@ -18,6 +18,7 @@ TEST_FLAGS = {"tta": None, "eval_output_stride": None, "crop_val": False}  # wit
 # Flags that may differ between two starts of a run without changing what it computes.
 START_FLAGS = {"continue_training", "test_only", "ckpt", "download", "run_name", "run_dir", "num_workers"}
 START_FLAGS |= {"print_interval", "enable_vis", "vis_port", "vis_env", "vis_num_samples"}
+START_FLAGS |= {"allow_absent"}
 START_FLAGS |= {"backbone_weights", "init_from"}
 
 
@@ -123,6 +124,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="download VOC 2012 (2 GB) if it is missing")
     add("--train_split", type=inner_path, metavar="LIST", default="train", help="list in ImageSets/Segmentation")
     add("--val_split", type=inner_path, metavar="LIST", default="val", help="list to validate on or to test on")
+    add("--allow_absent", action="store_true", help="train although a class occurs in no mask")
     add("--skip_bad", action="store_true", help="check all files first and leave out damaged ones")
 
     add = parser.add_argument_group("model").add_argument

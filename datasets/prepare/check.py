@@ -1,100 +1,67 @@
 """Checks a data set: reads every file as training does, and reports each problem with its fix."""
 
+import contextlib
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from datasets.files import IMAGE_SUFFIXES, VOID, read_image, read_mask, require_one_size
-from datasets.folder import FolderSegmentation
-from datasets.voc import SegmentationDataset, VOCSegmentation, augmented_list
+from datasets import build_dataset
+from datasets.audit import Finding, absent_classes, mismatches
+from datasets.files import VOID, read_image, read_mask
+from datasets.folder import Layout, Splits
+from datasets.voc import SegmentationDataset, require_one_size
 from utils.errors import InputError
 
 BACKGROUND = ("background", "bg")  # a mask that holds only a class 0 of this name shows nothing
 APART = (("train", "val"), ("train", "test"), ("val", "test"))  # lists that must not share images
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One problem of a data set."""
-
-    path: str
-    problem: str  # the problem and its fix, one line
-    fatal: bool  # whether training stops at it; otherwise it trains on less data, or scores come out too high
-
-
-class _OpenAnyway:
-    """Opens a split that training rejects, in order to find all its problems."""
-
-    refusal: InputError | None = None
-
-    def require_masks(self) -> None:
-        """Accepts missing masks, because each becomes a separate finding."""
-
-    def require_apart(self, path: Path, ids: list[str], val_ids: list[str]) -> None:
-        try:
-            super().require_apart(path, ids, val_ids)
-        except InputError as error:
-            self.refusal = error
-
-
-class _VOC(_OpenAnyway, VOCSegmentation):
-    pass
-
-
-class _Folder(_OpenAnyway, FolderSegmentation):
-    pass
-
-
 def check_dataset(
-    name: str, root: str | Path, splits: list[str] | None = None, *, year: str = "2012"
+    name: str, root: str | Path, splits: list[str] | None = None, *, year: str = "2012", allow_absent: bool = False
 ) -> tuple[list[Finding], dict]:
     """Reads every pair of image and mask in these splits once and collects the problems. Writes nothing.
 
-    splits: None means all lists in ImageSets/Segmentation, or train and val if there are none.
+    splits: None means all that the data set has. allow_absent: as for training, see `datasets.audit`.
     Returns the findings, and what was checked in the splits that could be opened: {"folder": str, "classes": int,
-    "pairs": {split: count}}. Besides bad files it finds ids that are listed twice. Between `train`, `val` and `test`
-    (also fold1_train and fold1_val) it finds shared ids and identical images under two ids.
+    "pairs": {split: count}}. Besides bad files and what `audit` finds, it finds ids that are listed twice. Between
+    `train`, `val` and `test` (also fold1_train and fold1_val) it finds shared ids and identical images under two ids.
     "shapes" is generated if it does not exist.
     """
     root = Path(root)
     folder = {"voc": root / "VOCdevkit" / "VOC2012", "shapes": root / "shapes"}.get(name, root)
-    lists = folder / "ImageSets" / "Segmentation"
-    findings, opened, paths = [], {}, {}
-    for split in splits or _all_splits(lists, year):
+    findings, opened = [], {}
+    for split in splits or _all_splits(name, folder, year):
         try:
-            opened[split] = _open(name, root, split, year=year)
-            augmented = (name, year) == ("voc", "2012_aug") and split in ("train", "train_aug")
-            paths[split] = str(augmented_list(root, lists) if augmented else lists / f"{split}.txt")
+            opened[split] = build_dataset(name, root, split, year=year)
         except InputError as error:
             findings.append(_finding(error))
-    findings += _check_files(opened.values())
-    findings += _check_lists(opened, paths, leave_out={finding.path for finding in findings})
+    absent = []
+    for split in ["train"] if "train" in opened else [split for split in opened if "train" in split]:
+        absent += absent_classes(opened[split], allow_absent=allow_absent or name != "folder")
+    # Where a class has no pixel at all, masks of nothing but background are no news.
+    findings += absent + _check_files(opened.values(), find_empty=not any(finding.fatal for finding in absent))
+    findings += _check_lists(opened, leave_out={finding.path for finding in findings})
     findings += _without_masks(opened)
+    findings += mismatches(list(opened.values()))
     pairs = {split: len(dataset) for split, dataset in opened.items()}
     classes = max((dataset.num_classes for dataset in opened.values()), default=0)
     return list(dict.fromkeys(findings)), {"folder": str(folder), "classes": classes, "pairs": pairs}
 
 
-def _all_splits(lists: Path, year: str) -> list[str]:
-    # train_aug is the train split of 2012_aug only.
-    names = {path.stem for path in lists.glob("*.txt")} - {"train_aug"}
-    names |= {"train"} if year == "2012_aug" else set()
-    return sorted(names, key=lambda name: (name not in ("train", "val"), name)) or ["train", "val"]
-
-
-def _open(name: str, root: Path, split: str, *, year: str) -> SegmentationDataset:
+def _all_splits(name: str, folder: Path, year: str) -> list[str]:
+    names = {path.stem for path in (folder / "ImageSets" / "Segmentation").glob("*.txt")}
+    if name == "folder":
+        # A folder without a known layout is reported when its splits are opened.
+        with contextlib.suppress(InputError):
+            names = set(Splits(Layout(folder)).names)
     if name == "voc":
-        return _VOC(root, year, split)
-    if name == "shapes":
-        from datasets import shapes  # imported late as in `build_dataset`
-
-        root = shapes.generate(root / "shapes")
-    return _Folder(root, split)
+        # train_aug is the train split of 2012_aug only.
+        names = names - {"train_aug"} | ({"train"} if year == "2012_aug" else set())
+    return sorted(names, key=lambda name: (name not in ("train", "val"), name)) or ["train", "val"]
 
 
 def _finding(error: InputError) -> Finding:
@@ -102,31 +69,34 @@ def _finding(error: InputError) -> Finding:
     return Finding(path, problem, fatal=True)
 
 
-def _check_files(datasets: Iterable[SegmentationDataset]) -> list[Finding]:
+def _check_files(datasets: Iterable[SegmentationDataset], *, find_empty: bool) -> list[Finding]:
     """Checks each image, each mask, and that the two match."""
     pairs = {mask: (image, data) for data in datasets for image, mask in zip(data.images, data.masks, strict=True)}
     findings, missing_images, missing_masks = [], [], []
     for mask_path, (image_path, dataset) in tqdm(pairs.items(), desc="checking", unit="pair", disable=None):
         image = mask = None
-        if image_path.is_file():
-            image = _attempt(findings, read_image, image_path)
-        else:
-            missing_images.append(image_path)
         if mask_path.is_file():
-            mask = _attempt(findings, read_mask, mask_path, dataset.num_classes)
+            mask = _attempt(findings, read_mask, mask_path, dataset.num_classes, convert=dataset.convert)
         else:
             missing_masks.append(mask_path)
+        if image_path.is_file():
+            fits = None if mask is None else tuple(mask.shape)
+            image = _attempt(findings, read_image, image_path, fits=fits)
+        else:
+            missing_images.append(image_path)
         if image is not None and mask is not None:
             _attempt(findings, require_one_size, image, mask, mask_path)
-        if mask is not None and (problem := _emptiness(mask, dataset.class_names[0])):
+        if find_empty and mask is not None and (problem := _emptiness(mask, dataset.class_names[0])):
             findings.append(Finding(str(mask_path), problem, fatal=False))
     findings += _missing("the image is missing", missing_images, len(pairs))
     return findings + _missing("the mask is missing", missing_masks, len(pairs))
 
 
-def _attempt(findings: list[Finding], function: Callable, *arguments: object) -> torch.Tensor | None:
+def _attempt(
+    findings: list[Finding], function: Callable, *arguments: object, **keywords: object
+) -> torch.Tensor | None:
     try:
-        return function(*arguments)
+        return function(*arguments, **keywords)
     except InputError as error:
         findings.append(_finding(error))
         return None
@@ -150,21 +120,24 @@ def _missing(problem: str, paths: list[Path], total: int) -> list[Finding]:
     return [Finding(str(path), f"{problem}; add it, or remove its id from the list", fatal=True) for path in paths]
 
 
-def _check_lists(
-    opened: dict[str, SegmentationDataset], paths: dict[str, str], leave_out: set[str]
-) -> Iterable[Finding]:
+def _check_lists(opened: dict[str, SegmentationDataset], leave_out: set[str]) -> Iterable[Finding]:
     """Finds ids listed twice, and samples shared by lists that must be apart. `leave_out`: paths of bad images."""
+    refused = set()
     for split, dataset in opened.items():
-        if dataset.refusal:
-            yield _finding(dataset.refusal)
+        try:
+            dataset.require_apart()
+        except InputError as error:
+            refused.add(split)
+            yield _finding(error)
         if twice := [id for id, count in Counter(dataset.ids).items() if count > 1]:
-            yield Finding(paths[split], f"{_some(twice)} listed more than once; keep one line each", fatal=False)
+            problem = f"{_some(twice)} listed more than once; keep one line each"
+            yield Finding(str(dataset.source), problem, fatal=False)
     for one, other in _lists_apart(opened):
         shared = sorted(set(opened[one].ids) & set(opened[other].ids))
         # A refusal has reported those of val already.
-        if shared and not (opened[one].refusal and other == "val"):
+        if shared and not (one in refused and other == "val"):
             problem = f"{_some(shared)} also in {other}, so its scores are too high; remove them from one list"
-            yield Finding(paths[one], problem, fatal=False)
+            yield Finding(str(opened[one].source), problem, fatal=False)
         for copy, original in _same_images(opened[one], opened[other], leave_out):
             problem = f"is the same image as {original}, which is in {one}; remove one of them from its list"
             yield Finding(copy, problem, fatal=False)
@@ -197,13 +170,11 @@ def _same_images(one: SegmentationDataset, other: SegmentationDataset, leave_out
 
 def _without_masks(opened: dict[str, SegmentationDataset]) -> Iterable[Finding]:
     """Finds images without a mask, which stay unused if there are no lists."""
-    divided = [opened[split] for split in ("train", "val") if split in opened and opened[split].made_split]
-    if len(divided) == 2:
-        folder = divided[0].folder / "JPEGImages"
-        images = {path.stem for path in folder.glob("*") if path.suffix in IMAGE_SUFFIXES}
-        if alone := sorted(images - {id for dataset in divided for id in dataset.ids}):
+    if all(split in opened and opened[split].made_split for split in ("train", "val")):
+        layout = opened["train"].layout
+        if alone := sorted(layout.images.keys() - layout.masks.keys()):
             problem = f"{_some(alone)} without a mask of that name, so unused; annotate or remove them"
-            yield Finding(str(folder), problem, fatal=False)
+            yield Finding(str(layout.places[0].images), problem, fatal=False)
 
 
 def _digest(path: Path) -> bytes:

@@ -62,6 +62,7 @@ def build(sbd: str | Path, root: str | Path) -> dict[str, int]:
     if not sbd.exists():
         raise InputError(f"--sbd {sbd}: there is no such archive or folder; get it from {SBDataset.url}")
     own = VOCSegmentation(root)
+    own.require_masks()
     own.require_images()
     val_ids = set(read_ids((voc / LIST).with_name("val.txt")))
     try:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 matplotlib.rcParams["text.parse_math"] = False  # a "$" in a class name is a dollar sign
 COLUMNS = 10  # samples per row
+BAND = 256  # rows of an overlay drawn at a time
 LINES = ("-", "--", "-.", ":")  # tell runs apart in print without colour
 FONTS = (  # with Chinese, Japanese and Korean characters; those that have all three, or the most, come first
     *("Noto Sans CJK SC", "Noto Sans CJK TC", "Noto Sans CJK JP", "Noto Sans CJK KR"),
@@ -331,4 +332,43 @@ def draw_masks(image: torch.Tensor, masks: "Sequence[Mask]") -> np.ndarray:
         edge = torch.from_numpy(np.pad(~inside, width, constant_values=True))[None, None].float()
         near = F.max_pool2d(edge, 2 * width + 1, stride=1)[0, 0].bool().numpy()
         pixels[inside & near] = 255
+    return drawing
+
+
+class PredictionWriter:
+    """Saves the predictions for `--save_val_results`, as the `on_batch` of `engine.evaluate`.
+
+    Writes `masks/<id>.png` (class ids in the data set's palette) and `overlays/<id>.jpg` for each image.
+    """
+
+    def __init__(self, folder: Path, dataset: SegmentationDataset) -> None:
+        self.folder, self.ids, self.palette = folder, dataset.ids, dataset.palette
+
+    def __call__(
+        self, indices: list[int], images: torch.Tensor, masks: torch.Tensor, predictions: torch.Tensor
+    ) -> None:
+        for index, image, prediction in zip(indices, images.cpu(), predictions.cpu(), strict=True):
+            mask = self.folder / "masks" / f"{self.ids[index]}.png"
+            drawing = self.folder / "overlays" / f"{self.ids[index]}.jpg"
+            save_prediction(image, prediction, self.palette, mask=mask, drawing=drawing)
+
+
+def save_prediction(
+    image: torch.Tensor, ids: torch.Tensor, palette: np.ndarray, *, mask: Path, drawing: Path
+) -> None:
+    """Writes class ids `[H, W]` as a palette PNG to `mask`, and over the image `[3, H, W]` as a JPEG to `drawing`."""
+    label_map = Image.fromarray(ids.numpy())
+    label_map.putpalette(palette.tobytes())
+    for path, content, kind in ((mask, label_map, "PNG"), (drawing, _overlay(image, ids, palette), "JPEG")):
+        make_folder(path.parent)
+        with replacing(path) as temporary:
+            content.save(temporary, format=kind)
+
+
+def _overlay(image: torch.Tensor, ids: torch.Tensor, palette: np.ndarray) -> Image.Image:
+    """Draws `overlay` in bands, because its intermediate results take fifty bytes per pixel."""
+    height, width = ids.shape
+    drawing = Image.new("RGB", (width, height))
+    for top in range(0, height, BAND):
+        drawing.paste(overlay(image[:, top : top + BAND], ids[top : top + BAND], palette), (0, top))
     return drawing

@@ -8,35 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
-from PIL.Image import Transpose
 from tqdm import tqdm
 
-from datasets.files import FULL_SCALE, UNREADABLE, is_file, is_folder, read_image
-from datasets.voc import SegmentationDataset
+from datasets.files import is_file, is_folder, read_image
 from network._deeplab import DeepLab
 from utils.engine import autocast, evaluating, predict
 from utils.errors import InputError
-from utils.files import make_folder, replacing, write_csv
-from utils.pictures.plotting import overlay
+from utils.files import write_csv
+from utils.pictures.plotting import save_prediction
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 NOT_COUNTED = {"thumbs.db", "desktop.ini"}  # Windows puts them into folders, as others put hidden files
-TURNS = {  # by EXIF orientation; 1 is upright
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
-
 # Side in pixels. Besides its weights DeepLabV3+ ResNet-50 (21 classes) takes 0.25 GB for such a tile in bfloat16 and
 # 0.5 GB in float32. Twice the side takes four times that; training crops are a quarter of its area.
 TILE = 1024
 MIN_TILE = 64
-BAND = 256  # rows drawn at a time
 GRID = 16  # the largest output stride: tiles that start on its multiples see the feature grid of the whole image
 
 
@@ -74,40 +60,6 @@ def list_images(source: str | Path, out: str | Path | None = None) -> tuple[list
 
 def _refuse(error: OSError) -> None:
     raise InputError(f"--input {error.filename}: cannot be read ({error.strerror}); change its permissions") from None
-
-
-def read_upright(path: Path) -> torch.Tensor:
-    """Reads an image in any format that Pillow knows as uint8 RGB `[3, H, W]`; of several frames the first.
-
-    It is turned upright by its EXIF orientation, unlike in training, where a mask must fit the pixels as they are
-    stored. Transparent parts become white, as viewers show them (training takes the colours underneath). Greys with
-    more than 8 bits are scaled as `datasets.files.read_image` does. Colour profiles are not applied.
-    Raises InputError, naming the file, if it cannot be read and for greys below 0 or above full scale.
-    """
-    return read_image(path, prepare=_as_viewers_show)
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    # ImageOps.exif_transpose rewrites the EXIF data, which fails for what some cameras put there.
-    # Loading turns a TIFF by itself.
-    image.load()
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except UNREADABLE:
-        # Broken EXIF data: viewers do the same.
-        return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
-
-
-def _as_viewers_show(image: Image.Image) -> Image.Image:
-    """Turns an image upright and puts it on white."""
-    image = _turn_upright(image)
-    # Greys of more than 8 bits pass, because converting them here would clip them.
-    if image.mode[0] in FULL_SCALE or not image.has_transparency_data:
-        return image
-    image, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image)
-    return white
 
 
 def predict_image(
@@ -250,7 +202,7 @@ def predict_files(
     bar = tqdm(paths, desc="predict", unit="image", dynamic_ncols=True, disable=None)
     for path, picture, mask, drawing in zip(bar, inputs, masks, overlays, strict=True):
         try:
-            image = read_upright(path)
+            image = read_image(path)
         except InputError as error:
             unreadable.append(str(error))
             continue
@@ -278,42 +230,3 @@ def output_names(paths: Sequence[Path]) -> list[str]:
         names.append(name)
         taken.add(name.lower())
     return names
-
-
-class PredictionWriter:
-    """Saves the predictions for `--save_val_results`, as the `on_batch` of `engine.evaluate`.
-
-    Writes `masks/<id>.png` (class ids in the data set's palette) and `overlays/<id>.jpg` for each image.
-    """
-
-    def __init__(self, folder: Path, dataset: SegmentationDataset) -> None:
-        self.folder, self.ids, self.palette = folder, dataset.ids, dataset.palette
-
-    def __call__(
-        self, indices: list[int], images: torch.Tensor, masks: torch.Tensor, predictions: torch.Tensor
-    ) -> None:
-        for index, image, prediction in zip(indices, images.cpu(), predictions.cpu(), strict=True):
-            mask = self.folder / "masks" / f"{self.ids[index]}.png"
-            drawing = self.folder / "overlays" / f"{self.ids[index]}.jpg"
-            save_prediction(image, prediction, self.palette, mask=mask, drawing=drawing)
-
-
-def save_prediction(
-    image: torch.Tensor, ids: torch.Tensor, palette: np.ndarray, *, mask: Path, drawing: Path
-) -> None:
-    """Writes class ids `[H, W]` as a palette PNG to `mask`, and over the image `[3, H, W]` as a JPEG to `drawing`."""
-    label_map = Image.fromarray(ids.numpy())
-    label_map.putpalette(palette.tobytes())
-    for path, content, kind in ((mask, label_map, "PNG"), (drawing, _overlay(image, ids, palette), "JPEG")):
-        make_folder(path.parent)
-        with replacing(path) as temporary:
-            content.save(temporary, format=kind)
-
-
-def _overlay(image: torch.Tensor, ids: torch.Tensor, palette: np.ndarray) -> Image.Image:
-    """Draws `plotting.overlay` in bands, because its intermediate results take fifty bytes per pixel."""
-    height, width = ids.shape
-    drawing = Image.new("RGB", (width, height))
-    for top in range(0, height, BAND):
-        drawing.paste(overlay(image[:, top : top + BAND], ids[top : top + BAND], palette), (0, top))
-    return drawing

@@ -25,7 +25,7 @@ from datasets.stats import choose_samples, class_statistics, statistics_table
 from datasets.voc import SegmentationDataset
 from utils.errors import InputError
 from utils.files import make_folder, write_text
-from utils.metrics import SCORE_COLUMNS
+from utils.metrics import SCORE_COLUMNS, classes_in_mean
 from utils.pictures.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
 from utils.pictures.report_data import ENVIRONMENT, NUM_SAMPLES, SEED, Data, Evaluation, RunFiles, collect, read_runs
 from utils.weights.load import describe, load_checkpoint
@@ -211,6 +211,9 @@ def classes_table(runs: list[RunFiles]) -> dict[str, list]:
         rows.append(row)
     means = [float(np.nanmean(list(run.class_iou.values()))) for run in runs]
     rows.append(["mean (mIoU)", *(cell(number(mean), "bar", mean) for mean in means)])
+    counts = [(classes_in_mean(list(run.class_iou.values())), len(run.class_iou)) for run in runs]
+    if any(in_mean < total for in_mean, total in counts):
+        rows.append(["classes in the mean", *(f"{in_mean} of {total}" for in_mean, total in counts)])
     return {"header": ["class", *(f"{run.name} (epoch {run.last['epoch']:.0f})" for run in runs)], "rows": rows}
 
 

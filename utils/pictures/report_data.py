@@ -130,8 +130,10 @@ def open_splits(run: RunFiles, data_root: str | None) -> list[SegmentationDatase
     if name == "shapes" and not (root / "shapes").is_dir():  # opening it would generate the data
         raise InputError(f"{root / 'shapes'}: there is no such folder; give --data_root")
     year, seed, lists = run.options["year"], run.options["random_seed"], run.folder / "splits"
-    ids = run.options["train_split"], run.options["val_split"]
-    train, val = (build_dataset(name, root, split, year=year, seed=seed, lists=lists) for split in ids)
+    named = run.options["train_split"], run.options["val_split"]
+    train, val = (build_dataset(name, root, split, year=year, named=named, seed=seed, lists=lists) for split in named)
+    for dataset in (train, val):
+        dataset.require_masks()
     if val.class_names != list(run.class_iou):
         given = ", ".join(val.class_names)
         raise InputError(f"{root}: its classes ({given}) are not those of the run; give another --data_root")

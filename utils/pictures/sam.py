@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode, functional
 from tqdm import tqdm
 
-from datasets.files import VOID, require_one_size
+from datasets.files import VOID, read_image
 from datasets.voc import SegmentationDataset, decode_target
 from network.sam import Mask, Sam, generate_masks, refine, true_masks
 from utils.engine import autocast
@@ -21,7 +21,6 @@ from utils.errors import InputError
 from utils.files import make_folder, write_csv
 from utils.metrics import BoundaryIoU, ConfusionMatrix, image_iou
 from utils.pictures.plotting import draw_grid, draw_masks, hwc
-from utils.pictures.predict import read_upright
 from utils.weights.load import TrainedModel
 
 LONGEST_SIDE = 2048  # pixels of a drawn image: twice what SAM sees, and the models' memory stays bounded
@@ -71,8 +70,7 @@ def dataset_items(dataset: SegmentationDataset, indices: Sequence[int], *, nativ
 
 
 def _read_pair(dataset: SegmentationDataset, index: int, native: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    image, mask = dataset.image(index), dataset.mask(index)
-    require_one_size(image, mask, dataset.masks[index])
+    image, mask = dataset.pair(index)
     if native:
         return image, mask
     return _shrink(image, InterpolationMode.BILINEAR), _shrink(mask[None], InterpolationMode.NEAREST_EXACT)[0]
@@ -84,7 +82,7 @@ def file_items(paths: Sequence[Path]) -> list[Item]:
 
 
 def _read_file(path: Path) -> tuple[torch.Tensor, None]:
-    return _shrink(read_upright(path), InterpolationMode.BILINEAR), None
+    return _shrink(read_image(path), InterpolationMode.BILINEAR), None
 
 
 def _shrink(image: torch.Tensor, interpolation: InterpolationMode) -> torch.Tensor:
