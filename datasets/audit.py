@@ -6,6 +6,7 @@ Training and the data set doctor judge by the same functions.
 import argparse
 import contextlib
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,8 @@ def _names(dataset: SegmentationDataset, ids: list[int]) -> str:
 
 def _fix(dataset: SegmentationDataset, counts: np.ndarray, absent: list[int]) -> str:
     if not counts[1:VOID].any() and counts[VOID]:
-        return f"if 255 means {dataset.class_names[absent[0]]}, convert the masks: {dataset.convert}"
+        name = dataset.class_names[absent[0]]
+        return f"if 255 means {name}, convert the masks: {dataset.convert} --names {shlex.quote(name)}"
     fix = "annotate it, remove it from class_names.txt"
     if 0 in absent:
         return f"if the ids count from 1, convert the masks: {dataset.convert} --first_id 1; otherwise {fix}"
