@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from datasets import build_dataset
-from datasets.transforms import crop_val_transform, eval_transform, train_transform
+from datasets.transforms import crop_val_transform, eval_transform, parse_scales, train_transform
 from datasets.voc import SegmentationDataset
 from utils.errors import InputError
 
@@ -27,7 +27,8 @@ log = logging.getLogger("deeplab")
 
 def open_train_set(opts: argparse.Namespace, checkpoint: dict | None, lists: Path) -> SegmentationDataset:
     """Opens `--train_split` for training: random crops. For the arguments see `open_split`."""
-    transform = train_transform(opts.crop_size, seed=opts.random_seed)
+    scale = parse_scales(opts.train_scale)
+    transform = train_transform(opts.crop_size, scale=scale, color_jitter=opts.color_jitter, seed=opts.random_seed)
     return open_split(opts, opts.train_split, transform, checkpoint=checkpoint, lists=lists)
 
 

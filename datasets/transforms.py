@@ -19,6 +19,7 @@ from datasets.files import VOID
 from utils.errors import InputError
 
 MAX_CROP = 2**14  # pixels; such a crop takes 800 MB
+MAX_SCALE = 16
 MAX_ASPECT = 16  # longer side over shorter side
 MEAN_COLOUR = (124, 116, 104)  # RGB, over ImageNet
 
@@ -27,13 +28,22 @@ class TrainTransform:
     """Scales, crops and flips at random. The result is always `crop_size` x `crop_size`.
 
     The scale is uniform in `scale`. The crop lies uniformly within the scaled image; along a side that is shorter
-    than the crop, the image lies uniformly within the crop. `flip` is the probability of a horizontal flip. Padding
-    is the mean colour in the image and void in the mask.
+    than the crop, the image lies uniformly within the crop. `flip` is the probability of a horizontal flip.
+    `color_jitter` x multiplies brightness, contrast and saturation, in this order, by factors uniform in 1 - x to
+    1 + x. Padding is the mean colour in the image and void in the mask.
     Only the part of the image that ends up in the crop is resized: the same distribution at a fraction of the work.
     """
 
-    def __init__(self, crop_size: int, scale: tuple[float, float], flip: float, seed: int) -> None:
-        self.crop_size, self.scale, self.flip, self.seed = crop_size, scale, flip, seed
+    def __init__(
+        self, crop_size: int, *, scale: tuple[float, float], flip: float, color_jitter: float, seed: int
+    ) -> None:
+        self.crop_size, self.scale, self.flip, self.color_jitter, self.seed = (
+            crop_size,
+            scale,
+            flip,
+            color_jitter,
+            seed,
+        )
         colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)
         self.blank = colour.repeat(crop_size, crop_size, 1).permute(2, 0, 1)  # [3, crop_size, crop_size]
 
@@ -52,6 +62,9 @@ class TrainTransform:
         # The mask must be a plain tensor, because v2 always resizes a tv_tensors.Mask with NEAREST.
         plain = mask.as_subclass(torch.Tensor)[None]  # [1, H, W]
         ids = F.resized_crop(plain, *box, size, InterpolationMode.NEAREST_EXACT)[0]  # [size_y, size_x]
+        if self.color_jitter:
+            for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
+                pixels = adjust(pixels, rng.uniform(1 - self.color_jitter, 1 + self.color_jitter))
         if size != [self.crop_size, self.crop_size]:
             rows, columns = slice(before_y, before_y + size_y), slice(before_x, before_x + size_x)
             padded, padded_ids = self.blank.clone(), ids.new_full(self.blank.shape[-2:], VOID)
@@ -77,13 +90,29 @@ class TrainTransform:
 
 
 def train_transform(
-    crop_size: int, *, scale: tuple[float, float] = (0.5, 2.0), flip: float = 0.5, seed: int = 1
+    crop_size: int,
+    *,
+    scale: tuple[float, float] = (0.5, 2.0),
+    flip: float = 0.5,
+    color_jitter: float = 0.0,
+    seed: int = 1,
 ) -> TrainTransform:
     """Builds the training transform; `crop_size` in pixels. Raises InputError for an impossible crop or scale."""
     _require_crop_size(crop_size)
     if not 0 < scale[0] <= scale[1]:
         raise InputError(f"scale {scale}: must be (smallest, largest), both above 0")
-    return TrainTransform(crop_size, scale, flip, seed)
+    return TrainTransform(crop_size, scale=scale, flip=flip, color_jitter=color_jitter, seed=seed)
+
+
+def parse_scales(text: str) -> tuple[float, float]:
+    """Reads `--train_scale`, such as "0.5,2.0". Raises InputError unless it is two numbers from 1/16 to 16."""
+    try:
+        low, high = (float(item) for item in text.split(","))
+    except ValueError:
+        raise InputError(f"--train_scale {text}: give the smallest and the largest scale, such as 0.5,2.0") from None
+    if not 1 / MAX_SCALE <= low <= high <= MAX_SCALE:
+        raise InputError(f"--train_scale {text}: give two numbers from 1/16 to 16, the smaller one first")
+    return low, high
 
 
 def eval_transform() -> Callable:

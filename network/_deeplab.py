@@ -16,10 +16,32 @@ def upsample(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, atrous_rate: int = 1) -> list[nn.Module]:
+class SeparableConv2d(nn.Module):
+    """An atrous separable 3x3 convolution (1802.02611, section 3.2): `[B, F, h, w]` to `[B, O, h, w]`.
+
+    One 3x3 filter per channel, then a 1x1 convolution that mixes the channels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, atrous_rate: int) -> None:
+        super().__init__()
+        depthwise = nn.Conv2d(
+            in_channels, in_channels, 3, padding=atrous_rate, dilation=atrous_rate, groups=in_channels, bias=False
+        )
+        self.body = nn.Sequential(depthwise, nn.Conv2d(in_channels, out_channels, 1, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)  # [B, O, h, w]
+
+
+def conv_bn_relu(
+    in_channels: int, out_channels: int, kernel_size: int, atrous_rate: int = 1, separable: bool = False
+) -> list[nn.Module]:
     """Returns a convolution that keeps height and width, batch normalisation and ReLU."""
-    padding = atrous_rate * (kernel_size // 2)
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=atrous_rate, bias=False)
+    if separable and kernel_size == 3:
+        conv: nn.Module = SeparableConv2d(in_channels, out_channels, atrous_rate)
+    else:
+        padding = atrous_rate * (kernel_size // 2)
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=atrous_rate, bias=False)
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
@@ -42,12 +64,15 @@ class ASPP(nn.Module):
     and image pooling side by side, concatenated and projected. `[B, F, h, w]` to `[B, out_channels, h, w]`.
     """
 
-    def __init__(self, in_channels: int, atrous_rates: tuple[int, ...], out_channels: int = 256) -> None:
+    def __init__(
+        self, in_channels: int, atrous_rates: tuple[int, ...], separable: bool = False, out_channels: int = 256
+    ) -> None:
         super().__init__()
+        atrous = [conv_bn_relu(in_channels, out_channels, 3, rate, separable) for rate in atrous_rates]
         self.convs = nn.ModuleList(
             [
                 nn.Sequential(*conv_bn_relu(in_channels, out_channels, 1)),
-                *(nn.Sequential(*conv_bn_relu(in_channels, out_channels, 3, rate)) for rate in atrous_rates),
+                *(nn.Sequential(*branch) for branch in atrous),
                 ASPPPooling(in_channels, out_channels),
             ]
         )
@@ -61,10 +86,14 @@ class ASPP(nn.Module):
 class DeepLabHead(nn.Module):
     """The V3 head: ASPP, a 3x3 convolution and the classifier, all at the backbone's output stride."""
 
-    def __init__(self, in_channels: int, num_classes: int, atrous_rates: tuple[int, ...]) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, atrous_rates: tuple[int, ...], separable: bool = False
+    ) -> None:
         super().__init__()
         self.classifier = nn.Sequential(
-            ASPP(in_channels, atrous_rates), *conv_bn_relu(256, 256, 3), nn.Conv2d(256, num_classes, 1)
+            ASPP(in_channels, atrous_rates, separable),
+            *conv_bn_relu(256, 256, 3, separable=separable),
+            nn.Conv2d(256, num_classes, 1),
         )
         init_weights(self)
 
@@ -80,12 +109,18 @@ class DeepLabHeadPlus(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, low_level_channels: int, num_classes: int, atrous_rates: tuple[int, ...]
+        self,
+        in_channels: int,
+        low_level_channels: int,
+        num_classes: int,
+        atrous_rates: tuple[int, ...],
+        separable: bool = False,
     ) -> None:
         super().__init__()
         self.project = nn.Sequential(*conv_bn_relu(low_level_channels, 48, 1))
-        self.aspp = ASPP(in_channels, atrous_rates)
-        self.classifier = nn.Sequential(*conv_bn_relu(48 + 256, 256, 3), nn.Conv2d(256, num_classes, 1))
+        self.aspp = ASPP(in_channels, atrous_rates, separable)
+        decoder = conv_bn_relu(48 + 256, 256, 3, separable=separable)
+        self.classifier = nn.Sequential(*decoder, nn.Conv2d(256, num_classes, 1))
         init_weights(self)
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -117,7 +152,7 @@ class DeepLab(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.classifier = classifier
-        # Not persistent: they belong to the backbone, and published state dicts do not have them.
+        # Not persistent: published state dicts do not have them. Checkpoints keep them under "normalization".
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)  # [3, 1, 1]
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None], persistent=False)  # [3, 1, 1]
 

@@ -7,6 +7,7 @@ and FLOP counts use those.
 """
 
 import copy
+import logging
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from network._deeplab import ASPP, DeepLab, DeepLabHeadPlus, upsample
 
 Network = TypeVar("Network", bound=nn.Module)
+log = logging.getLogger("deeplab")
 
 
 def speed_up(model: Network) -> Network:
@@ -28,25 +30,39 @@ def speed_up(model: Network) -> Network:
         for module in model.modules():
             if type(module) is ASPP:
                 for conv in (branch[0] for branch in module.convs[1:-1]):  # the atrous branches
-                    conv.__class__ = FastAtrousConv2d
+                    if type(conv) is nn.Conv2d:
+                        conv.__class__ = FastAtrousConv2d
+            elif type(module) is DeepLabHeadPlus and type(module.classifier[0]) is not nn.Conv2d:
+                continue  # separable convolutions are fast as they are
             elif type(module) in FASTER:
                 module.__class__ = FASTER[type(module)]
     return model
 
 
-def fold_batchnorm(model: Network) -> Network:
+def fold_batchnorm(model: DeepLab) -> DeepLab:
     """Copies a model for evaluation, with each batch norm folded into the convolution declared right before it.
 
-    In torchvision's networks and ours that convolution also runs right before it. The copy is in evaluation mode,
-    channels last and without gradients, and computes the same up to rounding. The model itself does not change.
+    Nearly always that convolution also runs right before it. The copy is compared with the model on one small input;
+    if it differs by more than rounding, a warning says so and the copy is a plain one. It is in evaluation mode,
+    channels last and without gradients. The model itself does not change.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for parent in list(model.modules()):
+    plain = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    folded = copy.deepcopy(plain)
+    for parent in list(folded.modules()):
         for (conv_name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                # timm's BatchNormAct2d is a BatchNorm2d that also drops and activates.
+                rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
                 parent.register_module(conv_name, fuse_conv_bn_eval(conv, norm))
-                parent.register_module(norm_name, nn.Identity().eval())
-    return model.to(memory_format=torch.channels_last)
+                parent.register_module(norm_name, nn.Sequential(*rest).eval())
+    folded.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        image = torch.linspace(-2, 2, 3 * 65 * 65, device=plain.device).view(1, 3, 65, 65)
+        expected, found = plain(image), folded(image)
+    if (found - expected).abs().max() > 1e-2 * expected.abs().max():
+        log.warning("batch norms could not be folded into this model's convolutions; it is evaluated as it is")
+        return plain
+    return folded
 
 
 class FastDeepLab(DeepLab):

@@ -100,6 +100,7 @@ class TrainingState:
             "options": vars(opts),
             "class_names": dataset.class_names,
             "palette": dataset.palette.tolist(),
+            "normalization": {name: (getattr(self.model, name).flatten() / 255).tolist() for name in ("mean", "std")},
             "about": {"saved": datetime.now().astimezone().isoformat(" ", "seconds"), **environment(device)},
         }
         save_checkpoint(path, checkpoint, keep_previous=keep_previous)

@@ -131,7 +131,9 @@ def parallel(model: DeepLab) -> nn.Module:
         return model
     on_gpu = next(model.parameters()).device.type == "cuda"
     if on_gpu and not model.freeze_bn:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        from timm.layers import convert_sync_batchnorm  # torch's would lose the activations inside timm's batch norms
+
+        convert_sync_batchnorm(model)
     devices = [local_rank()] if on_gpu else None
     # `broadcast_buffers` copies the buffers when they matter. This flag has another name in older versions.
     known = inspect.signature(DistributedDataParallel).parameters

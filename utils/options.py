@@ -7,7 +7,8 @@ import torch
 from datasets import DATASETS
 from datasets.loader import DATA_FLAGS
 from datasets.stats import CLASS_WEIGHTS
-from network import MODELS
+from datasets.transforms import parse_scales
+from network import TORCHVISION, require_model
 from utils.cli import Parser, any_path, inner_path, number
 from utils.engine import parse_tta
 from utils.errors import InputError
@@ -128,9 +129,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--skip_bad", action="store_true", help="check all files first and leave out damaged ones")
 
     add = parser.add_argument_group("model").add_argument
-    text = f"{', '.join(MODELS)} (default: the checkpoint's, or {MODEL_DEFAULTS['model']})"
-    add("--model", choices=MODELS, metavar="NAME", help=text)
+    text = (
+        f"deeplabv3plus_NAME or deeplabv3_NAME; NAME: {', '.join(TORCHVISION)} or any convolutional network of timm"
+    )
+    text += f" (default: the checkpoint's, or {MODEL_DEFAULTS['model']})"
+    add("--model", type=_model, metavar="NAME", help=text)
     add("--output_stride", type=int, choices=[16, 8], help="(default: the checkpoint's, or 16)")
+    text = "separable convolutions in the head: smaller and faster (default: as the checkpoint)"
+    add("--separable_conv", action="store_true", default=None, help=text)
     text = "imagenet (downloaded), none, or a FILE"
     add("--backbone_weights", type=any_path, default="imagenet", metavar="FILE", help=text)
 
@@ -139,6 +145,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", metavar="N", type=count, default=8, help="images per step, over all processes")
     add("--grad_accum", metavar="N", type=count, default=1, help="parts of each step's batch, to save memory")
     add("--crop_size", metavar="N", type=count, default=513, help="side of the training crop in pixels")
+    text = "smallest and largest random scale"
+    add("--train_scale", metavar="LOW,HIGH", type=_scales, default="0.5,2.0", help=text)
+    text = "random change of brightness, contrast and saturation: 0 is none, 0.4 a lot"
+    add("--color_jitter", metavar="X", type=share, default=0.0, help=text)
     add("--num_workers", metavar="N", type=number(int, 0), default=2, help="processes that load data")
     add("--lr", metavar="X", type=ratio, default=0.01, help="learning rate of the head")
     text = "backbone learning rate as a fraction of --lr"
@@ -190,6 +200,21 @@ def get_parser() -> argparse.ArgumentParser:
     text = "strips of image | ground truth | prediction"
     add("--vis_num_samples", metavar="N", type=number(int, 0), default=8, help=text)
     return parser
+
+
+def _model(text: str) -> str:
+    try:
+        return require_model(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--model: ").removeprefix("--model ")) from None
+
+
+def _scales(text: str) -> str:
+    try:
+        parse_scales(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--train_scale ")) from None
+    return text
 
 
 def _tta(text: str) -> str:

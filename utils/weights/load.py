@@ -14,11 +14,20 @@ from torch import nn
 from torchvision import models
 
 from datasets.files import is_file, is_folder
-from network import build_model
+from network import TORCHVISION, build_model
 from network._deeplab import DeepLab
+from network.backbone import IMAGENET_MEAN, IMAGENET_STD
 from network.fast import fold_batchnorm, speed_up
 from utils.errors import InputError
-from utils.weights.published import convert, download, download_torchvision, model_of, unnamed, weights_in
+from utils.weights.published import (
+    convert,
+    download,
+    download_torchvision,
+    model_of,
+    timm_weights,
+    unnamed,
+    weights_in,
+)
 
 KEYS = {"model_state", "optimizer_state", "scheduler_state", "scaler_state", "cur_itrs", "best_score"}
 OWN_KEYS = {"best_itr", "scores", "options", "class_names", "palette"}  # files from elsewhere have none of these
@@ -29,7 +38,8 @@ COUNTERS = "num_batches_tracked"  # in batch norms: unused with a fixed momentum
 PLAIN_SCALARS = set("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())  # NumPy's booleans, integers and floats
 WEIGHTS = "torch.save(model.state_dict(), 'weights.pth')"
 SAVE = "where the file came from, save the weights alone:"
-MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16}  # unless a checkpoint decides
+# Unless a checkpoint decides.
+MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16, "separable_conv": False}
 log = logging.getLogger("deeplab")
 
 
@@ -53,7 +63,12 @@ def load_model(path: str | Path, device: torch.device) -> TrainedModel:
 def restore_model(checkpoint: dict, path: str | Path, device: torch.device) -> TrainedModel:
     """Rebuilds a model from a checkpoint that is already in memory; `path` is for messages."""
     options, class_names = checkpoint["options"], checkpoint["class_names"]
-    model = build_model(options["model"], num_classes=len(class_names), output_stride=options["output_stride"])
+    model = build_model(
+        options["model"],
+        num_classes=len(class_names),
+        output_stride=options["output_stride"],
+        separable_conv=options.get("separable_conv", False),
+    )
     load_model_state(model, checkpoint, str(path))
     model = speed_up(model.to(device, memory_format=torch.channels_last).eval())
     # As in `engine.evaluate`.
@@ -62,18 +77,25 @@ def restore_model(checkpoint: dict, path: str | Path, device: torch.device) -> T
 
 
 def resolve_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
-    """Fills in `opts.model` and `opts.output_stride` from the checkpoint, or else the defaults.
+    """Fills in `opts.model`, `opts.output_stride` and `opts.separable_conv`: the checkpoint's, or else the defaults.
 
-    Raises InputError for a flag that contradicts the checkpoint, or a test stride that the backbone does not support.
+    Without --model, --init_from decides like a checkpoint, but flags may differ from it. Raises InputError for a flag
+    that contradicts the checkpoint, or a test stride that the backbone does not support.
     """
+    start = {}
+    if opts.init_from and opts.model is None and not checkpoint and opts.init_from != "torchvision":
+        start = load_checkpoint(opts.init_from, flag="--init_from")["options"]
     for name, default in MODEL_DEFAULTS.items():
-        given, stored = getattr(opts, name), checkpoint["options"][name] if checkpoint else None
+        given, stored = (
+            getattr(opts, name),
+            checkpoint["options"].get(name, default) if checkpoint else start.get(name),
+        )
         # A published checkpoint does not state its stride.
         is_guess = checkpoint and name == "output_stride" and "published" in checkpoint
         if checkpoint and given is not None and given != stored and not is_guess:
             raise InputError(f"--{name} {given}: contradicts {opts.ckpt}, which has {stored}; leave the flag out")
         setattr(opts, name, given or stored or default)
-    if opts.eval_output_stride == 8 and "mobilenet" in opts.model:
+    if opts.eval_output_stride == 8 and opts.model.endswith("_mobilenet_v3_large"):
         raise InputError("--eval_output_stride 8: MobileNetV3 supports 16 only; leave it out, or use a ResNet")
 
 
@@ -88,7 +110,9 @@ def initial_model(
     torch.manual_seed(opts.random_seed)
     # The weights fit either stride.
     stride = opts.eval_output_stride or opts.output_stride
-    model = build_model(opts.model, num_classes=len(class_names), output_stride=stride)
+    model = build_model(
+        opts.model, num_classes=len(class_names), output_stride=stride, separable_conv=opts.separable_conv
+    )
     model.freeze_bn = opts.freeze_bn
     if checkpoint:
         require_classes(checkpoint["class_names"], class_names, opts.ckpt)
@@ -200,6 +224,14 @@ def load_model_state(model: nn.Module, checkpoint: dict, path: str) -> None:
         )
     # Not strict, because older files lack the counters of batch norms.
     model.load_state_dict(state, strict=False)
+    set_normalization(model, checkpoint)
+
+
+def set_normalization(model: DeepLab, checkpoint: dict) -> None:
+    """Gives a model the input normalisation that its weights were trained with; without a record ImageNet's."""
+    stored = checkpoint.get("normalization", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+    for buffer, name in ((model.mean, "mean"), (model.std, "std")):
+        buffer.copy_(255 * torch.tensor(stored[name])[:, None, None])  # [3, 1, 1]
 
 
 def incompatible_keys(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -216,14 +248,22 @@ def incompatible_keys(own: dict[str, torch.Tensor], given: dict[str, torch.Tenso
 def load_backbone(model: DeepLab, name: str, source: str) -> None:
     """Loads `--backbone_weights` into the backbone of the model called `name`.
 
-    source: "imagenet" (downloaded), "none" (nothing happens), or a file. A file has the names of torchvision's
-    classification network (timm's plain ResNets have the same), or it is a DeepLab with that backbone. Its
-    classification layer is not used. Raises InputError for a failed download and for weights of another network.
+    source: "imagenet" (downloaded), "none" (nothing happens), or a file. A file has the names of torchvision's or
+    timm's classification network, or it is a DeepLab with that backbone. Its classification layer is not used.
+    Raises InputError for a failed download and for weights of another network.
     """
     if source == "none":
         return
     backbone, where = name.partition("_")[2], f"--backbone_weights {source}"
-    if source == "imagenet":
+    if backbone not in TORCHVISION:
+        content = None if source == "imagenet" else load_file(Path(source), "--backbone_weights")
+        state = content and weights_in(content, where)
+        inside = {key: value for key, value in (state or {}).items() if key.startswith("backbone.network.")}
+        if not inside:
+            model.backbone.network.load_state_dict(timm_weights(backbone, state, where))
+            return
+        state = inside
+    elif source == "imagenet":
         instead = "give --backbone_weights FILE, or none to start from random weights"
         state = download(models.get_model_weights(backbone).IMAGENET1K_V1, where=where, instead=instead)
     else:
@@ -238,7 +278,7 @@ def load_backbone(model: DeepLab, name: str, source: str) -> None:
         key, why = next(iter(wrong.items()))
         raise InputError(
             f"{where}: not weights of {backbone} ({key}: {why}; {len(wrong)} such tensors in all); give a state dict "
-            "of torchvision's network, or of timm's plain ResNet"
+            "of torchvision's or timm's network"
         )
     model.backbone.load_state_dict(state, strict=False)
 
@@ -265,6 +305,7 @@ def init_from(model: DeepLab, path: str | Path) -> list[str]:
             f"({key}: {why}); give a checkpoint with the same backbone, or another --model"
         )
     model.load_state_dict(fitting, strict=False)
+    set_normalization(model, checkpoint)
     return [
         f"{path}: {len(fitting)} of the model's {len(own)} tensors loaded, {len(given) - len(fitting)} of the file's "
         "not used",

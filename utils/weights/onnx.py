@@ -74,7 +74,12 @@ def export_checkpoint(opts: argparse.Namespace) -> dict:
     checkpoint = load_checkpoint(opts.ckpt, model=opts.model)
     resolve_model(opts, checkpoint)
     class_names, palette = checkpoint["class_names"], np.array(checkpoint["palette"], np.uint8)
-    model = build_model(opts.model, num_classes=len(class_names), output_stride=opts.output_stride)
+    model = build_model(
+        opts.model,
+        num_classes=len(class_names),
+        output_stride=opts.output_stride,
+        separable_conv=opts.separable_conv,
+    )
     load_model_state(model, checkpoint, opts.ckpt)
     about = {"model": opts.model, "output_stride": str(opts.output_stride)}
     export_onnx(model, opts.export, class_names=class_names, palette=palette, about=about, opset=opts.export_opset)

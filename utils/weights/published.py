@@ -7,6 +7,8 @@ Their modules have the same names as ours, or names that differ by a prefix. Mod
 from the names and shapes of the weights.
 """
 
+import contextlib
+import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -22,10 +24,11 @@ DEPTHS = {6: "resnet50", 23: "resnet101"}  # by the number of blocks in layer 3
 LAST_LAYERS = {"deeplabv3": "classifier.classifier.4.weight", "deeplabv3plus": "classifier.classifier.3.weight"}
 WRAPPERS = ("model_state", "model", "state_dict", "model_state_dict")  # VainF; torchvision; Lightning and timm
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel, torch.compile; a Lightning module's
+HUB_TIMEOUT = 5  # seconds
 MAX_CLASSES = 255  # ids are uint8, and 255 is void
 READABLE = "give DeepLabV3 or V3+ on ResNet-50 or -101, with the names of VainF's code or torchvision"
+SEPARABLE = ".body.0.weight"  # how the names of separable convolutions in a head end
 NOT_READABLE = {  # by how a name begins
-    r"classifier\..*\.body\.0\.weight": "a head with separable convolutions",
     r"backbone\.(low|high)_level_features\.": "a DeepLab on MobileNetV2",
     r"backbone\.stage2\.": "a DeepLab on HRNet",
     r"backbone\.block1\.": "a DeepLab on Xception",
@@ -62,7 +65,7 @@ def _is_plain(value: object) -> bool:
 def convert(content: dict, where: str) -> dict:
     """Presents a published file's content as a checkpoint with our keys (`load.KEYS`) and two more.
 
-    `model_state` has our names. `options` has only `model` and `output_stride`. No file states its stride, so it is
+    `model_state` has our names. `options` has only what the model needs. No file states its stride, so it is
     the one that such models were trained with (torchvision 8, others 16). The weights work with either. The states of
     optimizer, schedule and scaler and the scores are None, the iterations 0. 21 classes count as VOC's, others are
     `unnamed`. `published` is the file's origin. `notes` are log lines: what was assumed and what was left out.
@@ -110,7 +113,7 @@ def convert(content: dict, where: str) -> dict:
         "best_score": -1.0,
         "best_itr": 0,
         "scores": None,
-        "options": {"model": model, "output_stride": stride},
+        "options": {"model": model, "output_stride": stride, "separable_conv": is_separable(state)},
         "class_names": list(VOC_CLASSES) if voc else unnamed(num_classes),
         "palette": voc_colormap().tolist(),
         "published": source,
@@ -138,6 +141,11 @@ def model_of(names: Collection[str]) -> str | None:
     return f"{head}_{DEPTHS[len(blocks)]}" if known else None
 
 
+def is_separable(names: Collection[str]) -> bool:
+    """Whether the head of these parameters has separable convolutions."""
+    return any(name.startswith("classifier.") and name.endswith(SEPARABLE) for name in names)
+
+
 def unnamed(num_classes: int) -> list[str]:
     """Returns the class names of a checkpoint that has none."""
     return [f"class {index}" for index in range(num_classes)]
@@ -155,6 +163,74 @@ def download_torchvision(model: str | None = None, flag: str = "--ckpt") -> dict
     weights = models.get_model_weights(model).COCO_WITH_VOC_LABELS_V1
     where = f"{flag} torchvision"
     return convert(download(weights, where=where, instead=f"give {flag} FILE"), where)
+
+
+def timm_weights(name: str, state: dict[str, torch.Tensor] | None, where: str) -> dict[str, torch.Tensor]:
+    """Returns the weights of timm's network `name` under the names that they have in its feature extractor.
+
+    state: a file's tensors under the names that timm knows, or those of the packages `efficientnet-liteN`; None
+    downloads timm's own. Raises InputError for a failed download and for weights of another network.
+    """
+    import timm  # takes a second, and torchvision's backbones do not need it
+
+    if state is None:
+        overlay = _timm_download(name, where)
+    else:
+        if "_conv_stem.weight" in state and len(own := timm.create_model(name).state_dict()) == len(state):
+            state = dict(zip(own, state.values(), strict=True))  # other names in the same order
+        overlay = {"state_dict": state}
+    logging.getLogger("timm").setLevel(logging.ERROR)  # it lists the classifier that nobody asked for
+    try:
+        network = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # timm raises anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{where}: not weights of timm's {name} ({reason}); give others, or none") from None
+    loaded = network.state_dict()
+    if state is not None and (lacking := _not_from(state, loaded)):
+        raise InputError(
+            f"{where}: not weights of timm's {name} ({lacking[0]} is not in it; {len(lacking)} such tensors in all); "
+            "give others, or none"
+        )
+    return loaded
+
+
+def _not_from(state: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> list[str]:
+    """Returns the tensors whose values are not in the file: timm says nothing about weights that it did not load."""
+    given: dict[int, list[torch.Tensor]] = {}
+    for value in state.values():
+        given.setdefault(value.numel(), []).append(value.flatten())
+    return [
+        name
+        for name, value in loaded.items()
+        if value.is_floating_point()
+        and not any(torch.equal(value.flatten(), other.to(value.dtype)) for other in given.get(value.numel(), []))
+    ]
+
+
+def _timm_download(name: str, where: str) -> dict:
+    """Returns what timm must know to load its own weights: the hub is asked once, otherwise its cache is used."""
+    import timm
+    from huggingface_hub import HfApi, hf_hub_download
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    if config is None or not (config.hf_hub_id or config.url):
+        raise InputError(f"{where}: timm has no weights for {name}; give a FILE, or none")
+    if not config.hf_hub_id:
+        return {}
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        with contextlib.suppress(Exception):
+            return {"file": hf_hub_download(config.hf_hub_id, file, local_files_only=True)}
+    try:
+        # A download alone would try several times, for a minute.
+        HfApi().model_info(config.hf_hub_id, timeout=HUB_TIMEOUT)
+    except Exception as error:  # which types depends on the HTTP library behind it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{where}: {config.hf_hub_id} could not be downloaded ({reason}); give --backbone_weights FILE, or none "
+            "to start from random weights"
+        ) from None
+    return {}
 
 
 def download(weights: models.WeightsEnum, *, where: str, instead: str) -> dict[str, torch.Tensor]:
