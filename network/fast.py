@@ -39,7 +39,7 @@ def speed_up(model: Network) -> Network:
     return model
 
 
-def fold_batchnorm(model: DeepLab) -> DeepLab:
+def fold_batchnorm(model: Network) -> Network:
     """Copies a model for evaluation, with each batch norm folded into the convolution declared right before it.
 
     Nearly always that convolution also runs right before it. The copy is compared with the model on one small input;
@@ -57,7 +57,7 @@ def fold_batchnorm(model: DeepLab) -> DeepLab:
                 parent.register_module(norm_name, nn.Sequential(*rest).eval())
     folded.to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        image = torch.linspace(-2, 2, 3 * 65 * 65, device=plain.device).view(1, 3, 65, 65)
+        image = torch.linspace(-2, 2, 3 * 65 * 65, device=next(plain.parameters()).device).view(1, 3, 65, 65)
         expected, found = plain(image), folded(image)
     if (found - expected).abs().max() > 1e-2 * expected.abs().max():
         log.warning("batch norms could not be folded into this model's convolutions; it is evaluated as it is")

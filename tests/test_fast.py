@@ -156,7 +156,7 @@ def test_folding_does_not_change_the_network_itself(training):
 
 
 def test_only_a_batch_norm_right_after_a_convolution_is_folded():
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)).eval()
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)).eval()
     assert [type(module) for module in fold_batchnorm(model)] == [type(module) for module in model]
 
 

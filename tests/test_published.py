@@ -458,7 +458,6 @@ def of_torchvision(make):
 
 LAST = "classifier.classifier.3.weight"
 OTHERS = {
-    "separable convolutions": lambda: changed(add=["classifier.aspp.convs.1.0.body.0.weight"]),
     "MobileNetV2": lambda: changed(drop=["backbone."], add=["backbone.low_level_features.0.0.weight"]),
     "HRNet": lambda: changed(add=["backbone.stage2.0.branches.0.0.conv1.weight"]),
     "Xception": lambda: changed(drop=["backbone.layer"], add=["backbone.block1.rep.0.conv1.weight"]),

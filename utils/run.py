@@ -25,7 +25,7 @@ from utils.errors import InputError
 from utils.files import cannot_write, make_folder, temporary_of, write_csv, write_text
 from utils.metrics import SCORE_COLUMNS, format_class_table, format_scores
 from utils.options import option_differences
-from utils.weights.load import MODEL_DEFAULTS, load_checkpoint, resolve_model
+from utils.weights.load import MODEL_DEFAULTS, load_checkpoint, options_of_init, resolve_model
 
 HISTORY = "epoch itr loss lr overall_acc mean_acc freqw_acc mean_iou train_seconds val_seconds peak_memory_mb".split()
 CHECKPOINTS = ("latest.pth", "latest.prev.pth", "best.pth")
@@ -332,8 +332,8 @@ def finished_scores(opts: argparse.Namespace, checkpoint: dict | None) -> dict |
 
 def default_run_name(opts: argparse.Namespace, checkpoint: dict | None) -> str:
     """Returns `<model>_<dataset>_os<stride>_<loss>`, with the class weights if there are any."""
-    known = checkpoint["options"] if checkpoint else {}
-    model, stride = (getattr(opts, name) or known.get(name, default) for name, default in MODEL_DEFAULTS.items())
+    known = MODEL_DEFAULTS | (checkpoint["options"] if checkpoint else options_of_init(opts))
+    model, stride = opts.model or known["model"], opts.output_stride or known["output_stride"]
     weights = "" if opts.class_weights == "none" else f"_{opts.class_weights}"
     return f"{model}_{opts.dataset}_os{stride}_{opts.loss_type}{weights}"
 

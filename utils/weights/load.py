@@ -82,9 +82,7 @@ def resolve_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
     Without --model, --init_from decides like a checkpoint, but flags may differ from it. Raises InputError for a flag
     that contradicts the checkpoint, or a test stride that the backbone does not support.
     """
-    start = {}
-    if opts.init_from and opts.model is None and not checkpoint and opts.init_from != "torchvision":
-        start = load_checkpoint(opts.init_from, flag="--init_from")["options"]
+    start = {} if checkpoint else options_of_init(opts)
     for name, default in MODEL_DEFAULTS.items():
         given, stored = (
             getattr(opts, name),
@@ -97,6 +95,13 @@ def resolve_model(opts: argparse.Namespace, checkpoint: dict | None) -> None:
         setattr(opts, name, given or stored or default)
     if opts.eval_output_stride == 8 and opts.model.endswith("_mobilenet_v3_large"):
         raise InputError("--eval_output_stride 8: MobileNetV3 supports 16 only; leave it out, or use a ResNet")
+
+
+def options_of_init(opts: argparse.Namespace) -> dict:
+    """Returns the options of `--init_from`'s checkpoint if they decide the model, because --model is not given."""
+    if opts.init_from is None or opts.model is not None:
+        return {}
+    return load_checkpoint(opts.init_from, flag="--init_from")["options"]
 
 
 def initial_model(

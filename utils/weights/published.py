@@ -27,7 +27,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel, torch.co
 HUB_TIMEOUT = 5  # seconds
 MAX_CLASSES = 255  # ids are uint8, and 255 is void
 READABLE = "give DeepLabV3 or V3+ on ResNet-50 or -101, with the names of VainF's code or torchvision"
-SEPARABLE = ".body.0.weight"  # how the names of separable convolutions in a head end
+SEPARABLE = re.compile(r"classifier\..*\.body\.0\.weight")  # names of the separable convolutions in a head
 NOT_READABLE = {  # by how a name begins
     r"backbone\.(low|high)_level_features\.": "a DeepLab on MobileNetV2",
     r"backbone\.stage2\.": "a DeepLab on HRNet",
@@ -95,6 +95,7 @@ def convert(content: dict, where: str) -> dict:
         found = f"has shape {list(state[last].shape)}" if last in state else "is missing"
         raise InputError(f"{where}: {last} {found}; it must have 1 to {MAX_CLASSES} classes")
     num_classes, stride = len(state[last]), 8 if source == "torchvision" else 16
+    separable = {"separable_conv": True} if any(SEPARABLE.fullmatch(name) for name in state) else {}
     voc = num_classes == len(VOC_CLASSES)
     names = "taken to be PASCAL VOC's" if voc else "without names: the data set must have the same number"
     notes = [
@@ -113,7 +114,7 @@ def convert(content: dict, where: str) -> dict:
         "best_score": -1.0,
         "best_itr": 0,
         "scores": None,
-        "options": {"model": model, "output_stride": stride, "separable_conv": is_separable(state)},
+        "options": {"model": model, "output_stride": stride, **separable},
         "class_names": list(VOC_CLASSES) if voc else unnamed(num_classes),
         "palette": voc_colormap().tolist(),
         "published": source,
@@ -139,11 +140,6 @@ def model_of(names: Collection[str]) -> str | None:
     blocks = {name.split(".")[2] for name in names if name.startswith("backbone.layer3.")}
     known = "backbone.conv1.weight" in names and len(blocks) in DEPTHS
     return f"{head}_{DEPTHS[len(blocks)]}" if known else None
-
-
-def is_separable(names: Collection[str]) -> bool:
-    """Whether the head of these parameters has separable convolutions."""
-    return any(name.startswith("classifier.") and name.endswith(SEPARABLE) for name in names)
 
 
 def unnamed(num_classes: int) -> list[str]:
@@ -176,8 +172,15 @@ def timm_weights(name: str, state: dict[str, torch.Tensor] | None, where: str) -
     if state is None:
         overlay = _timm_download(name, where)
     else:
-        if "_conv_stem.weight" in state and len(own := timm.create_model(name).state_dict()) == len(state):
-            state = dict(zip(own, state.values(), strict=True))  # other names in the same order
+        with torch.device("meta"):
+            names = list(timm.create_model(name).state_dict())
+        if len(state) > len(names):
+            raise InputError(
+                f"{where}: not weights of timm's {name} ({len(state)} tensors, more than its {len(names)}); give "
+                "others, or none"
+            )
+        if "_conv_stem.weight" in state and len(names) == len(state):
+            state = dict(zip(names, state.values(), strict=True))  # other names in the same order
         overlay = {"state_dict": state}
     logging.getLogger("timm").setLevel(logging.ERROR)  # it lists the classifier that nobody asked for
     try:
