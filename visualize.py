@@ -5,7 +5,7 @@ python visualize.py stats   --dataset folder --data_root my_data        # is the
 python visualize.py check   --dataset folder --data_root my_data        # the data set doctor
 python visualize.py compare --ckpt runs/A/best.pth runs/B/best.pth      # RGB | ground truth | A | B
 python visualize.py curves  runs/A runs/B                               # mIoU, loss and learning rate
-python visualize.py predict --ckpt runs/A/best.pth --input photos       # masks and overlays of your own images
+python visualize.py predict --input photos                              # masks and overlays of your own images
 python visualize.py sam     --ckpt runs/A/best.pth                      # Segment Anything refines A's outlines
 python visualize.py report  runs/A runs/B                               # everything in one HTML file
 """
@@ -56,7 +56,7 @@ def get_parser() -> ArgumentParser:
     add_runs(command, out="results/curves.png")
 
     command = add(predict_own, "predict", "class id masks, overlays and class shares of your own images")
-    add_models(command)
+    add_models(command, required=False, default="voc")
     add_flag = command.add_argument
     add_flag(
         "--input", type=any_path, required=True, metavar="PATH", help="an image, or a folder and its sub-folders"
@@ -94,9 +94,11 @@ def add_data(parser: ArgumentParser, *, split: str | None = "train", num: int | 
         add("--out", type=any_path, default=out, metavar="FILE", help="the PNG file to write")
 
 
-def add_models(parser: ArgumentParser, *, nargs: str | None = None, required: bool = True) -> None:
-    add, text = parser.add_argument, "checkpoint written by main.py"
-    add("--ckpt", type=any_path, required=required, nargs=nargs, metavar="FILE", help=text)
+def add_models(
+    parser: ArgumentParser, *, nargs: str | None = None, required: bool = True, default: str | None = None
+) -> None:
+    add, text = parser.add_argument, "checkpoint written by main.py; voc: the bundled model"
+    add("--ckpt", type=any_path, required=required, default=default, nargs=nargs, metavar="FILE", help=text)
     add("--device", default="auto", metavar="NAME", help="auto: cuda if available, otherwise cpu")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
 

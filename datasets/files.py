@@ -129,18 +129,23 @@ def read_image(path: Path, *, fits: tuple[int, int] | None = None) -> torch.Tens
     Raises InputError, naming the file, if it cannot be read or has grey values below 0 or above full scale.
     """
     with _opened(path, "an image", otherwise="leave it out") as image:
-        image.load()
-        if (turn := TURNS.get(orientation_of(image))) is not None:
-            turned = image.transpose(turn)
-            keep = fits == (image.height, image.width) != (turned.height, turned.width)
-            image = image if keep else turned
-        mode = image.mode[0]  # I;16 and its byte orders count as I
-        if mode not in FULL_SCALE and image.has_transparency_data:
-            image = _on_white(image)
-        as_is = mode in FULL_SCALE or image.mode == "RGB"  # convert would copy
-        pixels = np.array(image if as_is else image.convert("RGB"))  # [H, W] or [H, W, 3]
+        return to_rgb(image, where=path, fits=fits)
+
+
+def to_rgb(image: Image.Image, *, where: str | Path, fits: tuple[int, int] | None = None) -> torch.Tensor:
+    """Converts a Pillow image as `read_image` does; `where` names it in messages."""
+    image.load()
+    if (turn := TURNS.get(orientation_of(image))) is not None:
+        turned = image.transpose(turn)
+        keep = fits == (image.height, image.width) != (turned.height, turned.width)
+        image = image if keep else turned
+    mode = image.mode[0]  # I;16 and its byte orders count as I
+    if mode not in FULL_SCALE and image.has_transparency_data:
+        image = _on_white(image)
+    as_is = mode in FULL_SCALE or image.mode == "RGB"  # convert would copy
+    pixels = np.array(image if as_is else image.convert("RGB"))  # [H, W] or [H, W, 3]
     if mode in FULL_SCALE:
-        pixels = np.repeat(_to_8_bits(pixels, FULL_SCALE[mode], path)[..., None], 3, axis=2)  # [H, W, 3]
+        pixels = np.repeat(_to_8_bits(pixels, FULL_SCALE[mode], where)[..., None], 3, axis=2)  # [H, W, 3]
     return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, H, W], channels last in memory
 
 
@@ -178,11 +183,13 @@ def highest_grey(path: Path) -> int:
         return int(np.array(image).max())
 
 
-def _to_8_bits(grey: np.ndarray, scales: tuple[int, ...], path: Path) -> np.ndarray:
+def _to_8_bits(grey: np.ndarray, scales: tuple[int, ...], where: str | Path) -> np.ndarray:
     low, high = grey.min(), grey.max()
     full = next((scale for scale in scales if low >= 0 and high <= scale), None)  # None for NaN too
     if full is None:
-        raise InputError(f"{path}: grey values {low} to {high} are not in 0..{scales[-1]}; save it with 8 or 16 bits")
+        raise InputError(
+            f"{where}: grey values {low} to {high} are not in 0..{scales[-1]}; save it with 8 or 16 bits"
+        )
     return np.rint(grey.astype(np.float32) * np.float32(255 / full)).astype(np.uint8)
 
 

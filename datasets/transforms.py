@@ -62,6 +62,7 @@ class TrainTransform:
         # The mask must be a plain tensor, because v2 always resizes a tv_tensors.Mask with NEAREST.
         plain = mask.as_subclass(torch.Tensor)[None]  # [1, H, W]
         ids = F.resized_crop(plain, *box, size, InterpolationMode.NEAREST_EXACT)[0]  # [size_y, size_x]
+        is_flipped = rng.random() < self.flip
         if self.color_jitter:
             for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
                 pixels = adjust(pixels, rng.uniform(1 - self.color_jitter, 1 + self.color_jitter))
@@ -70,7 +71,7 @@ class TrainTransform:
             padded, padded_ids = self.blank.clone(), ids.new_full(self.blank.shape[-2:], VOID)
             padded[:, rows, columns], padded_ids[rows, columns] = pixels, ids
             pixels, ids = padded, padded_ids  # [3, crop_size, crop_size] and [crop_size, crop_size]
-        if rng.random() < self.flip:
+        if is_flipped:
             pixels, ids = pixels.flip(-1), ids.flip(-1)
         return tv_tensors.wrap(pixels, like=image), tv_tensors.wrap(ids, like=mask)
 

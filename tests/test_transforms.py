@@ -5,7 +5,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from datasets.loader import collate
-from datasets.transforms import MEAN_COLOUR, crop_val_transform, eval_transform, train_transform
+from datasets.transforms import MEAN_COLOUR, crop_val_transform, eval_transform, parse_scales, train_transform
 from utils.errors import InputError
 
 
@@ -97,6 +97,25 @@ def test_sample_depends_on_seed_epoch_and_index_alone():
     for epoch, index, seed in others:
         other = train_transform(40, seed=seed)(*sample(), epoch=epoch, index=index)
         assert not torch.equal(first[0], other[0])
+
+
+def test_color_jitter_changes_colours_within_its_bounds_and_nothing_else():
+    image = tv_tensors.Image(torch.full((3, 40, 40), 100, dtype=torch.uint8))
+    mask = tv_tensors.Mask(torch.arange(1600, dtype=torch.int64).remainder(7).byte().view(40, 40))
+    plain_samples = [train_transform(40)(image, mask, index=index) for index in range(50)]
+    samples = [train_transform(40, color_jitter=0.4)(image, mask, index=index) for index in range(50)]
+    again = train_transform(40, color_jitter=0.4)(image, mask, index=3)
+    assert torch.equal(again[0], samples[3][0])
+    inner = [sample[0][:, sample[1] != 255].float().mean().item() for sample in samples]
+    assert 55 <= min(inner) < 75 and 125 < max(inner) <= 145
+    for (pixels, _), (jittered, ids) in zip(plain_samples, samples, strict=True):
+        assert torch.equal(jittered[:, ids == 255], pixels[:, ids == 255])  # padding keeps the mean colour
+
+
+@pytest.mark.parametrize("text", ["1", "0.5,2,3", "2,0.5", "0,1", "a,b", "0.5,nan", "0.01,1", "1,17", ""])
+def test_a_range_of_scales_is_two_numbers_in_order(text):
+    with pytest.raises(InputError, match="--train_scale"):
+        parse_scales(text)
 
 
 def test_half_of_the_samples_are_flipped():

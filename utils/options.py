@@ -178,7 +178,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--run_name", type=inner_path, metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
     add("--run_dir", type=any_path, metavar="DIR", default="runs", help="folder of all runs")
-    text = "checkpoint to start from, test or resume; torchvision: its DeepLabV3, downloaded"
+    text = "checkpoint to start from, test or resume; voc: the bundled model; torchvision: its DeepLabV3, downloaded"
     add("--ckpt", type=any_path, metavar="FILE", help=text)
     add("--export", type=any_path, metavar="FILE.onnx", help="write --ckpt as ONNX, check it, and exit")
     add("--export_opset", metavar="N", type=int, default=18, help="ONNX opset for --export: 18 to 23")

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from datasets.files import is_file, is_folder, read_image
+from datasets.files import is_file, is_folder, read_image, to_rgb
 from network._deeplab import DeepLab
 from utils.engine import autocast, evaluating, predict
 from utils.errors import InputError
 from utils.files import write_csv
 from utils.pictures.plotting import save_prediction
+from utils.weights.load import TrainedModel
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 NOT_COUNTED = {"thumbs.db", "desktop.ini"}  # Windows puts them into folders, as others put hidden files
@@ -93,6 +95,22 @@ def predict_image(
             return _predict_tiles(model, image, amp=amp, tile=tile, overlap=overlap)
         ids = _predict_tiles(model, image.mT, amp=amp, tile=tile, overlap=overlap, on_its_side=True)  # [W, H]
         return ids.mT.contiguous()  # [H, W]
+
+
+def segment(trained: TrainedModel, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    """Predicts class ids, uint8 `[H, W]`, of one image; `trained.class_names[id]` is the name of a class.
+
+    image: a file, a Pillow image, or an array of uint8: RGB `[H, W, 3]` or grey `[H, W]`. Files and Pillow images are
+    turned upright. Raises InputError for a file that cannot be read and for any other array.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+            raise InputError(
+                f"image: an array of {image.dtype} {list(image.shape)}; give uint8 [H, W, 3] in RGB, or [H, W]"
+            )
+        image = Image.fromarray(image)
+    pixels = to_rgb(image, where="image") if isinstance(image, Image.Image) else read_image(Path(image))
+    return predict_image(trained.model, pixels).numpy()
 
 
 @torch.inference_mode()

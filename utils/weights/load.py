@@ -1,6 +1,7 @@
 """Reads checkpoints and weight files without executing anything in them, and loads weights into models."""
 
 import argparse
+import json
 import logging
 import pickle
 import re
@@ -38,8 +39,10 @@ COUNTERS = "num_batches_tracked"  # in batch norms: unused with a fixed momentum
 PLAIN_SCALARS = set("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())  # NumPy's booleans, integers and floats
 WEIGHTS = "torch.save(model.state_dict(), 'weights.pth')"
 SAVE = "where the file came from, save the weights alone:"
+BUNDLED = Path(__file__).parents[2] / "network/pretrained/deeplabv3plus_tf_efficientnet_lite0_voc.safetensors"
 # Unless a checkpoint decides.
 MODEL_DEFAULTS = {"model": "deeplabv3plus_resnet50", "output_stride": 16, "separable_conv": False}
+CPU = torch.device("cpu")
 log = logging.getLogger("deeplab")
 
 
@@ -52,10 +55,11 @@ class TrainedModel(NamedTuple):
     options: dict  # the training's
 
 
-def load_model(path: str | Path, device: torch.device) -> TrainedModel:
+def load_model(path: str | Path, device: torch.device = CPU) -> TrainedModel:
     """Rebuilds a model from a checkpoint alone: no data set, no download.
 
-    Raises InputError if the file is missing, damaged or something else.
+    path: as in `load_checkpoint`; "voc" is the bundled model. Raises InputError if the file is missing, damaged or
+    something else.
     """
     return restore_model(load_checkpoint(path), path, device)
 
@@ -136,12 +140,13 @@ def initial_model(
 def load_checkpoint(path: str | Path, *, flag: str = "--ckpt", model: str | None = None) -> dict:
     """Reads a checkpoint of this project, or a published one as `published.convert` presents it (key `published`).
 
-    path: a file, or the word "torchvision" for its weights of `model` (None: DeepLabV3 ResNet-50), downloaded.
-    Raises InputError for a missing or damaged file and for weights that fit no model here.
+    path: a file; "voc", the bundled model; or "torchvision" for its weights of `model` (None: DeepLabV3 ResNet-50),
+    downloaded. A file with one of these names is `./voc`. Raises InputError for a missing or damaged file and for
+    weights that fit no model here.
     """
     if str(path) == "torchvision":
         return download_torchvision(model, flag)
-    content = load_file(Path(path), flag)
+    content = load_file(BUNDLED if str(path) == "voc" else Path(path), flag)
     missing = sorted(KEYS - content.keys())
     if missing and OWN_KEYS & content.keys():
         raise InputError(f"{flag} {path}: not a checkpoint of main.py, {', '.join(missing)} is missing; give another")
@@ -186,9 +191,16 @@ def load_file(path: Path, flag: str) -> dict:
 
 
 def _load_safetensors(path: Path) -> dict:
-    from safetensors.torch import load_file as load  # only such files and Segment Anything need it
+    """Reads a state dict, or a whole checkpoint as `utils.weights.bundle` writes it: the rest is in the metadata."""
+    from safetensors import safe_open  # only such files and Segment Anything need it
 
-    return load(path)
+    with safe_open(path, framework="pt") as file:
+        state, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    if "deeplab" not in about:
+        return state
+    # Half precision is for the file alone.
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    return {"model_state": state, **json.loads(about["deeplab"])}
 
 
 def _load_pickle(path: Path) -> Any:
