@@ -133,6 +133,7 @@ def test_test_only_prints_the_same_scores_and_writes_beside_the_run(start, tmp_p
         "confusion_matrix.csv",
         "card.json",
         "images.csv",
+        "counts.npz",
     }
     assert (run / "history.csv").read_bytes() == history
     assert (run / "test_val/class_iou.csv").read_bytes() == (run / "class_iou.csv").read_bytes()
@@ -155,6 +156,28 @@ def test_the_card_says_what_one_miou_does_not(start, tmp_path):
     start("--test_only", "--ckpt", run / "best.pth")
     card = json.loads((run / "test_val/card.json").read_text())
     assert card["mean_iou"] == scores["Mean IoU"] and card["images_per_second"] > 0
+
+
+def test_two_models_are_compared_on_the_same_images(start, refused, tmp_path):
+    a, _ = start("--run_name", "a", "--total_itrs", 2)
+    b, _ = start("--run_name", "b", "--total_itrs", 4, "--random_seed", 2)
+    test = ("--test_only", "--ckpt", tmp_path / "runs/a/latest.pth", "--against")
+    assert "b/test_val: has no counts.npz; test that model" in refused(*test, tmp_path / "runs/b/test_val")
+    assert not (tmp_path / "runs/a/test_val").exists()
+    start("--test_only", "--ckpt", tmp_path / "runs/b/latest.pth")
+
+    counts = tmp_path / "runs/b/test_val/counts.npz"
+    _, out = start(*test, counts)
+    assert f"mIoU {100 * (a['Mean IoU'] - b['Mean IoU']):+.2f} points over {counts}, 95% interval " in out
+    assert "warning: 3 images are few" in out and "fewer than 10 images" in out and "sky (3), road (3)" in out
+    assert "runs/b" in json.loads((tmp_path / "runs/a/test_val/card.json").read_text())["against"]
+    # A second test of the same model reads what the first one wrote.
+    _, out = start(*test, tmp_path / "runs/a/test_val")
+    assert "mIoU +0.00 points over" in out and "95% interval 0.00 to 0.00; better in 0.0% of" in out
+
+    assert "has 3 images, this test 4" in refused(*test, counts, "--val_split", "train")
+    assert "was scored on other masks (first b1); test both on" in refused(*test, counts, "--crop_val")
+    assert (tmp_path / "runs/a/test_val_crop33/card.json").is_file()  # the evaluation is not lost
 
 
 def test_a_model_of_stride_16_is_tested_at_stride_8(start, refused, tmp_path):
@@ -296,7 +319,9 @@ main.main({data!r})
         assert_refused(run_main(*data, "--total_itrs", 4), "a1.jpg")
 
 
-@pytest.mark.parametrize("flags", [["--tta", "flip"], ["--crop_val"], ["--eval_output_stride", "8"]])
+@pytest.mark.parametrize(
+    "flags", [["--tta", "flip"], ["--crop_val"], ["--against", "b"], ["--eval_output_stride", "8"]]
+)
 def test_flags_of_the_test_are_refused_in_training(refused, flags):
     assert f"{flags[0]}: works with --test_only alone" in refused(*flags)
 

@@ -29,7 +29,8 @@ from utils.weights.load import MODEL_DEFAULTS, load_checkpoint, resolve_model
 
 HISTORY = "epoch itr loss lr overall_acc mean_acc freqw_acc mean_iou train_seconds val_seconds peak_memory_mb".split()
 CHECKPOINTS = ("latest.pth", "latest.prev.pth", "best.pth")
-TABLES = "options.json history.csv class_iou.csv confusion_matrix.csv curves.png card.json images.csv".split()
+TABLES = ["options.json", "history.csv", "class_iou.csv", "confusion_matrix.csv", "curves.png"]
+TABLES += ["card.json", "images.csv", "counts.npz"]
 LOCK_SECONDS = 10  # the data workers of a killed training hold its lock for a few seconds
 log = logging.getLogger("deeplab")
 
