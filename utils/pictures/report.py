@@ -23,6 +23,8 @@ from PIL import Image
 from datasets.files import VOID
 from datasets.stats import choose_samples, class_statistics, statistics_table
 from datasets.voc import SegmentationDataset
+from utils.against import read_counts
+from utils.bootstrap import Difference, cautions, interval, mean_iou, paired_differences, points
 from utils.errors import InputError
 from utils.files import make_folder, write_text
 from utils.metrics import SCORE_COLUMNS, classes_in_mean
@@ -48,6 +50,7 @@ def write_report(
     if out.is_dir():
         raise InputError(f"{out}: is a folder; name the file to write")
     found = read_runs(runs)
+    compared = comparisons(found)
     groups, without_data, without_model = collect(found, data_root=data_root, device=device, num=num)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -66,6 +69,7 @@ def write_report(
         checkpoints=checkpoints_table(found),
         curves=curves(found),
         classes=classes_table(found),
+        comparisons=compared,
         confusions=[confusions(run) for run in found],
         predictions=[predictions(data, num) for data in groups if data.evaluations],
         missing=[*without_data, *without_model],
@@ -215,6 +219,36 @@ def classes_table(runs: list[RunFiles]) -> dict[str, list]:
     if any(in_mean < total for in_mean, total in counts):
         rows.append(["classes in the mean", *(f"{in_mean} of {total}" for in_mean, total in counts)])
     return {"header": ["class", *(f"{run.name} (epoch {run.last['epoch']:.0f})" for run in runs)], "rows": rows}
+
+
+def comparisons(runs: list[RunFiles]) -> list[dict]:
+    """Compares what `main.py --test_only` has left: of the tests of the same data, the best with each other one.
+
+    Raises InputError if the counts of a test cannot be read.
+    """
+    groups: dict[tuple, dict] = {}
+    for run in runs:
+        for path in sorted(run.folder.glob("test_*/counts.npz")):
+            test = read_counts(path)
+            data = (*test.class_names, None, *test.ids, test.counts[:, 1].tobytes())
+            groups.setdefault(data, {})[f"{run.name}/{path.parent.name}"] = test
+    found = []
+    for tests in groups.values():
+        ranked = sorted(tests, key=lambda name: -mean_iou(tests[name].counts.sum(axis=0, dtype=float)))
+        best = tests[ranked[0]]
+        for name in ranked[1:]:
+            differences = paired_differences(best.counts, tests[name].counts, best.class_names)
+            rows = [difference_row(difference) for difference in differences]
+            found.append({"best": ranked[0], "other": name, "rows": rows, "notes": cautions(differences)})
+    return found
+
+
+def difference_row(difference: Difference) -> list[str]:
+    """Returns the cells of a comparison's row; dashes for a class in no annotation."""
+    if math.isnan(difference.value):
+        return [difference.name, "-", "-", "-", "0", "-"]
+    cells = [points(difference.value, "+"), interval(difference), f"{difference.better:.1%}"]
+    return [difference.name, *cells, f"{difference.images:,}", f"{difference.without:,}"]
 
 
 def confusions(run: RunFiles) -> dict:
