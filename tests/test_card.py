@@ -167,20 +167,25 @@ def test_written_card_has_all_figures_and_reads_back(tmp_path):
     confusion = ConfusionMatrix(5)
     confusion.update(masks, predictions)
     result, names = confusion.compute(), ["sky", "road", "tree", "car", "dog"]
-    opts = get_parser().parse_args(["--ckpt", "best.pth"])
+    opts = get_parser().parse_args("--ckpt best.pth --model deeplabv3plus_resnet50 --output_stride 16".split())
     write_card(tmp_path, card, result, opts=opts, class_names=names)
 
     read = json.loads((tmp_path / "card.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     about = {"ckpt": "best.pth", "dataset": "voc", "val_split": "val", "tta": None, "crop_val": False}
     about |= {"eval_output_stride": None, "comparable": True}
     assert {name: read[name] for name in about} == about
+    assert read["parameters"] == 39_757_733 and round(read["gflops"], 1) == 124.6
     assert read["mean_iou"] == result["Mean IoU"] and read["freqw_acc"] == result["FreqW Acc"]
     assert read["mean_boundary_iou"] == card["mean_boundary_iou"] and tuple(read["bootstrap"]) == card["bootstrap"]
     assert [(row["image"], row["mean_iou"]) for row in read["worst"]] == card["worst"]
     assert [row["class"] for row in read["classes"]] == names
     assert read["classes"][1]["iou"] == result["Class IoU"][1]
     assert read["classes"][1]["boundary_iou"] == card["class_boundary_iou"][1]
-    assert read["classes"][4] == {"class": "dog", "iou": None, "boundary_iou": None}
+    for column, name in (("precision", "Precision"), ("recall", "Recall"), ("f1", "F1")):
+        assert read[f"mean_{column}"] == result[f"Mean {name}"]
+        assert read["classes"][1][column] == result[f"Class {name}"][1]
+    absent = dict.fromkeys(("iou", "precision", "recall", "f1", "boundary_iou"))
+    assert list(read["classes"][4].items()) == list(({"class": "dog"} | absent).items())
     assert read["images_per_second"] == card["images_per_second"] and read["labelled_images"] == 11
 
     with (tmp_path / "images.csv").open(newline="") as file:

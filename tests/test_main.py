@@ -92,12 +92,19 @@ def test_a_run_leaves_its_files_and_says_what_the_field_knows(start, tmp_path):
     assert options["total_itrs"] == 5 and options["model"] == "deeplabv3plus_mobilenet_v3_large"
     assert options["versions"]["torch"] == torch.__version__ and options["device_name"].startswith("cpu")
     assert "command" in options and "git_commit" in options
+    millions, gflops = options["parameters"] / 1e6, options["gflops"]
+    size = f"{millions:.1f} M parameters, {gflops:.1f} GFLOPs at 513 x 513"
+    assert f"Model: deeplabv3plus_mobilenet_v3_large, {size}" in (run / "log.txt").read_text().splitlines()[:4]
+    assert 11 < millions < 12 and 40 < gflops < 45
 
     matrix = np.array([list(row.values())[1:] for row in rows_of(run / "confusion_matrix.csv")], dtype=int)
     ious = [float(row["iou"]) for row in rows_of(run / "class_iou.csv")]
     assert matrix.shape == (4, 4)
     right = matrix.diagonal()
     assert ious == pytest.approx(right / (matrix.sum(0) + matrix.sum(1) - right), abs=1e-6)
+    f1 = [float(row["f1"]) for row in rows_of(run / "class_iou.csv")]
+    assert list(rows_of(run / "class_iou.csv")[0]) == ["class", "iou", "precision", "recall", "f1"]
+    assert f1 == pytest.approx([2 * iou / (1 + iou) for iou in ious], abs=2e-6)
     with Image.open(run / "curves.png") as picture:
         assert picture.width >= 1000
 
@@ -186,7 +193,10 @@ def test_a_model_of_stride_16_is_tested_at_stride_8(start, refused, tmp_path):
     ckpt = tmp_path / "runs/a/best.pth"
     plain, _ = start("--test_only", "--ckpt", ckpt, *model)
     finer, _ = start("--test_only", "--ckpt", ckpt, "--eval_output_stride", 8, *model)
-    assert finer != plain and (tmp_path / "runs/a/test_val_os8/card.json").is_file()
+    finest = json.loads((tmp_path / "runs/a/test_val_os8/card.json").read_text())
+    coarse = json.loads((tmp_path / "runs/a/test_val/card.json").read_text())
+    assert finer != plain and finest["parameters"] == coarse["parameters"]
+    assert finest["gflops"] > 1.5 * coarse["gflops"]
     start("--run_name", "m", "--total_itrs", 1)
     line = refused("--test_only", "--ckpt", tmp_path / "runs/m/best.pth", "--eval_output_stride", 8)
     assert "MobileNetV3 supports 16 only" in line

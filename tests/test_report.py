@@ -199,6 +199,14 @@ def test_environment_is_shown_and_marked_where_it_differs_but_not_the_command(ma
     assert table["command"]["b"]["text"] == "main.py --run_name b" and table["git_commit"]["a"]["text"] == "abc"
 
 
+def test_size_of_the_model_is_beside_the_environment_and_a_dash_for_older_runs(make, tmp_path):
+    runs = [write_run(tmp_path / "a", parameters=39_761_845, gflops=124.759), write_run(tmp_path / "b")]
+    options, environment = (make(*runs).table("options-and-environment", number) for number in (0, 1))
+    assert [cell["text"] for cell in environment["parameters"].values()] == ["39,761,845", "-"]
+    assert [cell["text"] for cell in environment["gflops"].values()] == ["124.8", "-"]
+    assert "parameters" not in options
+
+
 def test_class_table_has_a_bar_as_long_as_each_iou_and_a_dash_for_an_absent_class(make, tmp_path):
     page = make(write_run(tmp_path / "a"), write_run(tmp_path / "b", ious=[0.9, 0.1, 0.75, math.nan]))
     a, b = "a (epoch 1)", "b (epoch 1)"
@@ -214,6 +222,18 @@ def test_class_table_has_a_bar_as_long_as_each_iou_and_a_dash_for_an_absent_clas
     table = page.table("iou-of-each-class")
     assert [table[name][a]["style"] for name in CLASSES] == ["--share: 0.727", "--share: 0.833", "--share: 0.750", ""]
     assert "bar" in table["sky"][a]["css"] and "best" in table["sky"][b]["css"]
+
+
+def test_precision_recall_and_f1_come_from_the_confusion_matrix(make, tmp_path):
+    page = make(write_run(tmp_path / "a"), write_run(tmp_path / "b", class_names=["sky", "road", "lake", "car"]))
+    rows = page.table("iou-of-each-class", 1)
+    assert [page.column("iou-of-each-class", f"a, {name}", 1)["sky"] for name in ("precision", "recall", "f1")] == [
+        "0.8889",  # 80 / 90
+        "0.8000",  # 80 / 100
+        "0.8421",  # 160 / 190
+    ]
+    assert page.column("iou-of-each-class", "a, recall", 1)["mean"] == "0.8500"  # of sky, road and tree
+    assert rows["car"]["a, f1"]["text"] == rows["lake"]["a, f1"]["text"] == rows["tree"]["b, recall"]["text"] == "-"
 
 
 def test_runs_with_different_classes_are_reported_but_not_ranked(make, tmp_path):

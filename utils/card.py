@@ -18,9 +18,9 @@ import torch
 from utils.against import ImageCounts, log_comparison
 from utils.bootstrap import bootstrap_interval, mean_iou
 from utils.distributed import all_gather, all_sum
-from utils.environment import peak_memory_mb
+from utils.environment import model_cost, peak_memory_mb
 from utils.files import write_csv, write_text
-from utils.metrics import LABELS, SCORE_COLUMNS, BoundaryIoU, classes_in_mean, occurrences
+from utils.metrics import CLASS_SCORES, LABELS, SCORE_COLUMNS, BoundaryIoU, classes_in_mean, occurrences
 from utils.options import TEST_FLAGS
 
 NUM_WORST = 10
@@ -145,12 +145,16 @@ def write_card(
     log.info("\n".join(format_card(card)))
     figures = {name: getattr(opts, name) for name in ("ckpt", "dataset", "val_split", *TEST_FLAGS)}
     figures |= {"comparable": not opts.crop_val}
+    stride = opts.eval_output_stride or opts.output_stride
+    figures |= model_cost(opts.model, num_classes=len(class_names), output_stride=stride)
     figures |= {column: result[name] for column, name in SCORE_COLUMNS.items()}
+    figures |= {f"mean_{name}": result[f"Mean {name.title()}"] for name in ("precision", "recall", "f1")}
     figures |= {"classes_in_mean": classes_in_mean(result["Class IoU"])}
     figures |= {name: value for name, value in card.items() if name not in NOT_IN_JSON}
     figures["worst"] = [{"image": id, "mean_iou": iou} for id, iou in card["worst"]]
-    ious = zip(class_names, result["Class IoU"], card["class_boundary_iou"], strict=True)
-    figures["classes"] = [{"class": name, "iou": iou, "boundary_iou": edge} for name, iou, edge in ious]
+    per_class = {column: result[name] for column, name in CLASS_SCORES.items()}
+    per_class = {"class": class_names} | per_class | {"boundary_iou": card["class_boundary_iou"]}
+    figures["classes"] = [dict(zip(per_class, row, strict=True)) for row in zip(*per_class.values(), strict=True)]
     write_text(folder / "card.json", json.dumps(_without_nan(figures), indent=2, allow_nan=False) + "\n")
     rows = [[id, f"{iou:.6f}", f"{accuracy:.6f}"] for id, iou, accuracy in card["per_image"]]
     write_csv(folder / "images.csv", ["image", "mean_iou", "pixel_accuracy"], rows)

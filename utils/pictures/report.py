@@ -27,9 +27,19 @@ from utils.against import read_counts
 from utils.bootstrap import Difference, cautions, interval, mean_iou, paired_differences, points
 from utils.errors import InputError
 from utils.files import make_folder, write_text
-from utils.metrics import SCORE_COLUMNS, classes_in_mean
+from utils.metrics import SCORE_COLUMNS, classes_in_mean, scores
 from utils.pictures.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
-from utils.pictures.report_data import ENVIRONMENT, NUM_SAMPLES, SEED, Data, Evaluation, RunFiles, collect, read_runs
+from utils.pictures.report_data import (
+    ENVIRONMENT,
+    MODEL_COST,
+    NUM_SAMPLES,
+    SEED,
+    Data,
+    Evaluation,
+    RunFiles,
+    collect,
+    read_runs,
+)
 from utils.weights.load import describe, load_checkpoint
 
 DRAWING_WIDTH = 1800  # pixels: sharp at the page's full width, also on dense screens
@@ -69,6 +79,7 @@ def write_report(
         checkpoints=checkpoints_table(found),
         curves=curves(found),
         classes=classes_table(found),
+        precisions=precisions_table(found),
         comparisons=compared,
         confusions=[confusions(run) for run in found],
         predictions=[predictions(data, num) for data in groups if data.evaluations],
@@ -121,7 +132,8 @@ def differing(values: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def options_of(runs: list[RunFiles]) -> dict[str, list[str]]:
-    return side_by_side([{n: v for n, v in run.options.items() if n not in (*ENVIRONMENT, "job")} for run in runs])
+    other = {*ENVIRONMENT, *MODEL_COST, "job"}
+    return side_by_side([{name: value for name, value in run.options.items() if name not in other} for run in runs])
 
 
 def have_same_classes(runs: list[RunFiles]) -> bool:
@@ -161,7 +173,12 @@ def summary_rows(runs: list[RunFiles]) -> list[list]:
 def options_tables(runs: list[RunFiles]) -> dict[str, list[list]]:
     """Returns options and environment with a column per run; values that differ are marked."""
     options = options_of(runs)
-    environment = [run.options["versions"] | {name: run.options[name] for name in ENVIRONMENT[1:]} for run in runs]
+    environment = [
+        run.options["versions"]
+        | {name: run.options[name] for name in ENVIRONMENT[1:]}
+        | {name: f"{run.options[name]:,.{digits}f}" for name, digits in MODEL_COST.items() if name in run.options}
+        for run in runs
+    ]
     return {
         "different": marked_rows(differing(options)),
         "all": marked_rows(options),
@@ -219,6 +236,20 @@ def classes_table(runs: list[RunFiles]) -> dict[str, list]:
     if any(in_mean < total for in_mean, total in counts):
         rows.append(["classes in the mean", *(f"{in_mean} of {total}" for in_mean, total in counts)])
     return {"header": ["class", *(f"{run.name} (epoch {run.last['epoch']:.0f})" for run in runs)], "rows": rows}
+
+
+def precisions_table(runs: list[RunFiles]) -> dict[str, list]:
+    """Returns precision, recall and F1 of each class from the confusion matrix, with three columns per run."""
+    kinds, header, columns = ("Precision", "Recall", "F1"), ["class"], []
+    for run in runs:
+        result = scores(torch.from_numpy(run.matrix))
+        for kind in kinds:
+            header.append(f"{run.name}, {kind.lower()}")
+            values = dict(zip(run.class_iou, result[f"Class {kind}"], strict=True))
+            columns.append((values, result[f"Mean {kind}"]))
+    names = dict.fromkeys(name for run in runs for name in run.class_iou)
+    rows = [[name, *(number(values.get(name, math.nan)) for values, _ in columns)] for name in names]
+    return {"header": header, "rows": [*rows, ["mean", *(number(mean) for _, mean in columns)]]}
 
 
 def comparisons(runs: list[RunFiles]) -> list[dict]:
