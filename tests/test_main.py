@@ -94,7 +94,7 @@ def test_a_run_leaves_its_files_and_says_what_the_field_knows(start, tmp_path):
     assert "command" in options and "git_commit" in options
     millions, gflops = options["parameters"] / 1e6, options["gflops"]
     size = f"{millions:.1f} M parameters, {gflops:.1f} GFLOPs at 513 x 513"
-    assert f"Model: deeplabv3plus_mobilenet_v3_large, {size}" in (run / "log.txt").read_text().splitlines()[:4]
+    assert f"Model: deeplabv3plus_mobilenet_v3_large, {size}" in (run / "log.txt").read_text().splitlines()[:6]
     assert 11 < millions < 12 and 40 < gflops < 45
 
     matrix = np.array([list(row.values())[1:] for row in rows_of(run / "confusion_matrix.csv")], dtype=int)
