@@ -176,7 +176,8 @@ def train(
 
 def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, amp: torch.dtype | None) -> dict:
     """Evaluates a checkpoint on `--val_split`, writes scores and card to `test_<split>` and returns the scores."""
-    from utils.card import Card, write_card  # training has no card
+    from utils.against import read_against  # training has no card
+    from utils.card import Card, write_card
 
     with local_main_first():
         test_set = open_eval_set(opts, checkpoint, run.folder.parent / "splits")
@@ -186,6 +187,7 @@ def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, a
     loader = eval_loader(opts, test_set, device, rank=rank(), processes=world_size())
     if is_main():
         require_sound(opts, [test_set], fresh=False)
+        other = read_against(opts.against, test_set.ids, test_set.class_names)
         run.start(opts, device, [test_set])
     log.info("validation...")
     writer = PredictionWriter(run.folder / "results", test_set) if opts.save_val_results else None
@@ -197,7 +199,7 @@ def test(opts: Namespace, run: Run, checkpoint: dict, *, device: torch.device, a
     result, figures = scores(require_labels(matrix, opts)), card.gather().compute()
     if is_main():
         run.write_scores(result, matrix, test_set.class_names, boundary_iou=figures["class_boundary_iou"])
-        write_card(run.folder, figures, result, opts=opts, class_names=test_set.class_names)
+        write_card(run.folder, figures, result, opts=opts, class_names=test_set.class_names, against=other)
     return result
 
 

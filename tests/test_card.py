@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from datasets import build_dataset
 from datasets.loader import SameSizeBatches
 from network import build_model
-from utils.card import Card, bootstrap_interval, format_card, image_counts, mean_iou, write_card
+from utils.against import read_counts
+from utils.card import Card, format_card, image_counts, write_card
 from utils.engine import evaluate
 from utils.metrics import BoundaryIoU, ConfusionMatrix, image_iou, scores
 from utils.options import get_parser
@@ -39,10 +40,11 @@ def collected(masks, predictions, num_classes=4, order=None, batch_size=3):
 
 
 def without_speed(card):
-    return {name: value for name, value in card.items() if name not in ("images_per_second", "peak_memory_mb")}
+    figures = {name: value for name, value in card.items() if name not in ("images_per_second", "peak_memory_mb")}
+    return figures | {"counts": card["counts"].tolist()}
 
 
-# --- counts and the interval ---
+# --- counts ---
 
 
 @pytest.mark.parametrize("num_classes", [1, 4, 21, 255])
@@ -56,54 +58,6 @@ def test_counts_of_an_image_are_those_of_its_own_confusion_matrix(num_classes):
         confusion.update(mask, prediction)
         matrix = confusion.matrix()
         assert torch.equal(count, torch.stack([matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)]))
-
-
-def matrices_and_counts(number=12, num_classes=5):
-    """Confusion matrices per image, with a class that is rare (2), only predicted (3), nowhere (4); their counts."""
-    rng = np.random.default_rng(1)
-    matrices = rng.integers(0, 50, (number, num_classes, num_classes)) * (rng.random((number, 1, 1)) < 0.9)
-    matrices[1:, 2], matrices[1:, :, 2] = 0, 0  # in the first image alone: absent from some resamples
-    matrices[:, 3:], matrices[:, :, 4], matrices[2:, :, 3] = 0, 0, 0
-    matrices[:, 0, 0] += 1
-    diagonal = np.diagonal(matrices, axis1=1, axis2=2)
-    return matrices, np.stack([diagonal, matrices.sum(axis=2), matrices.sum(axis=1)], axis=1).astype(float)
-
-
-def test_interval_is_that_of_a_plain_loop_over_resamples():
-    matrices, counts = matrices_and_counts()
-    rng, means = np.random.default_rng(7), []
-    for _ in range(250):
-        draw = rng.integers(len(matrices), size=len(matrices))
-        means.append(scores(torch.from_numpy(matrices[draw].sum(axis=0)))["Mean IoU"])
-    expected = np.percentile(means, 2.5), np.percentile(means, 97.5)
-    assert bootstrap_interval(counts, resamples=250, seed=7) == pytest.approx(expected, rel=1e-12)
-    assert expected[0] < scores(torch.from_numpy(matrices.sum(axis=0)))["Mean IoU"] < expected[1]
-
-
-def test_mean_of_counts_follows_the_rule_for_absent_classes():
-    matrices, counts = matrices_and_counts()
-    expected = [scores(torch.from_numpy(matrix))["Mean IoU"] for matrix in matrices]
-    assert mean_iou(counts) == pytest.approx(expected, rel=1e-12)
-    assert math.isnan(mean_iou(np.zeros((3, 5))))
-
-
-def test_interval_of_one_image_is_its_score():
-    _, counts = matrices_and_counts()
-    assert bootstrap_interval(counts[:1]) == pytest.approx([mean_iou(counts[0])] * 2)
-
-
-def test_interval_of_no_labelled_image_is_refused():
-    with pytest.raises(ValueError, match="no image has a labelled pixel"):
-        bootstrap_interval(np.zeros((0, 3, 5)))
-
-
-def test_interval_narrows_with_the_number_of_images():
-    widths = []
-    for number in (10, 1000):
-        masks, predictions = random_ids(number, size=(4, 4))
-        low, high = bootstrap_interval(image_counts(masks, predictions, 4).double().numpy())
-        widths.append(high - low)
-    assert widths[1] < widths[0] / 5
 
 
 # --- the card ---
@@ -213,20 +167,25 @@ def test_written_card_has_all_figures_and_reads_back(tmp_path):
     confusion = ConfusionMatrix(5)
     confusion.update(masks, predictions)
     result, names = confusion.compute(), ["sky", "road", "tree", "car", "dog"]
-    opts = get_parser().parse_args(["--ckpt", "best.pth"])
+    opts = get_parser().parse_args("--ckpt best.pth --model deeplabv3plus_resnet50 --output_stride 16".split())
     write_card(tmp_path, card, result, opts=opts, class_names=names)
 
     read = json.loads((tmp_path / "card.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     about = {"ckpt": "best.pth", "dataset": "voc", "val_split": "val", "tta": None, "crop_val": False}
     about |= {"eval_output_stride": None, "comparable": True}
     assert {name: read[name] for name in about} == about
+    assert read["parameters"] == 39_757_733 and round(read["gflops"], 1) == 124.6
     assert read["mean_iou"] == result["Mean IoU"] and read["freqw_acc"] == result["FreqW Acc"]
     assert read["mean_boundary_iou"] == card["mean_boundary_iou"] and tuple(read["bootstrap"]) == card["bootstrap"]
     assert [(row["image"], row["mean_iou"]) for row in read["worst"]] == card["worst"]
     assert [row["class"] for row in read["classes"]] == names
     assert read["classes"][1]["iou"] == result["Class IoU"][1]
     assert read["classes"][1]["boundary_iou"] == card["class_boundary_iou"][1]
-    assert read["classes"][4] == {"class": "dog", "iou": None, "boundary_iou": None}
+    for column, name in (("precision", "Precision"), ("recall", "Recall"), ("f1", "F1")):
+        assert read[f"mean_{column}"] == result[f"Mean {name}"]
+        assert read["classes"][1][column] == result[f"Class {name}"][1]
+    absent = dict.fromkeys(("iou", "precision", "recall", "f1", "boundary_iou"))
+    assert list(read["classes"][4].items()) == list(({"class": "dog"} | absent).items())
     assert read["images_per_second"] == card["images_per_second"] and read["labelled_images"] == 11
 
     with (tmp_path / "images.csv").open(newline="") as file:
@@ -236,3 +195,7 @@ def test_written_card_has_all_figures_and_reads_back(tmp_path):
     for row, (_, *expected) in zip(rows, card["per_image"], strict=True):
         found = [float(row["mean_iou"]), float(row["pixel_accuracy"])]
         assert found == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    stored = read_counts(tmp_path)
+    expected = sorted((f"p{index}", image_counts(masks, predictions, 5)[index].tolist()) for index in range(12))
+    assert list(zip(stored.ids, stored.counts.tolist(), strict=True)) == expected
+    assert stored.class_names == names and stored.counts.dtype == np.int32

@@ -45,7 +45,10 @@ def fake_run(tmp_path):
         write_csv(folder / "history.csv", [HISTORY, *rows])
         if ious:
             (folder / "test_test").mkdir()
-            write_csv(folder / "test_test" / "class_iou.csv", [["class", "iou"], *ious.items()])
+            write_csv(
+                folder / "test_test" / "class_iou.csv",
+                [["class", "iou", "f1"], *([*each, 0.9] for each in ious.items())],
+            )
         if boundary:
             (folder / "test_test" / "card.json").write_text(json.dumps({"mean_boundary_iou": boundary}))
         if options:

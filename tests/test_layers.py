@@ -21,7 +21,8 @@ HEIGHTS = {  # of the layers; the longest name that a module begins with counts
     "utils.files": 0,
     "utils.cli": 0,
 }
-NOT_IN_TRAINING = {"utils.card", "utils.weights.onnx"}  # main.py imports them for --test_only and --export
+# main.py imports them for --test_only and --export.
+NOT_IN_TRAINING = {"utils.against", "utils.card", "utils.weights.onnx"}
 FILES = [
     *(ROOT / f"{name}.py" for name in ("main", "visualize")),
     *(path for folder in ("datasets", "network", "utils") for path in (ROOT / folder).rglob("*.py")),

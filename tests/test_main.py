@@ -92,12 +92,19 @@ def test_a_run_leaves_its_files_and_says_what_the_field_knows(start, tmp_path):
     assert options["total_itrs"] == 5 and options["model"] == "deeplabv3plus_mobilenet_v3_large"
     assert options["versions"]["torch"] == torch.__version__ and options["device_name"].startswith("cpu")
     assert "command" in options and "git_commit" in options
+    millions, gflops = options["parameters"] / 1e6, options["gflops"]
+    size = f"{millions:.1f} M parameters, {gflops:.1f} GFLOPs at 513 x 513"
+    assert f"Model: deeplabv3plus_mobilenet_v3_large, {size}" in (run / "log.txt").read_text().splitlines()[:6]
+    assert 11 < millions < 12 and 40 < gflops < 45
 
     matrix = np.array([list(row.values())[1:] for row in rows_of(run / "confusion_matrix.csv")], dtype=int)
     ious = [float(row["iou"]) for row in rows_of(run / "class_iou.csv")]
     assert matrix.shape == (4, 4)
     right = matrix.diagonal()
     assert ious == pytest.approx(right / (matrix.sum(0) + matrix.sum(1) - right), abs=1e-6)
+    f1 = [float(row["f1"]) for row in rows_of(run / "class_iou.csv")]
+    assert list(rows_of(run / "class_iou.csv")[0]) == ["class", "iou", "precision", "recall", "f1"]
+    assert f1 == pytest.approx([2 * iou / (1 + iou) for iou in ious], abs=2e-6)
     with Image.open(run / "curves.png") as picture:
         assert picture.width >= 1000
 
@@ -133,6 +140,7 @@ def test_test_only_prints_the_same_scores_and_writes_beside_the_run(start, tmp_p
         "confusion_matrix.csv",
         "card.json",
         "images.csv",
+        "counts.npz",
     }
     assert (run / "history.csv").read_bytes() == history
     assert (run / "test_val/class_iou.csv").read_bytes() == (run / "class_iou.csv").read_bytes()
@@ -157,13 +165,38 @@ def test_the_card_says_what_one_miou_does_not(start, tmp_path):
     assert card["mean_iou"] == scores["Mean IoU"] and card["images_per_second"] > 0
 
 
+def test_two_models_are_compared_on_the_same_images(start, refused, tmp_path):
+    a, _ = start("--run_name", "a", "--total_itrs", 2)
+    b, _ = start("--run_name", "b", "--total_itrs", 4, "--random_seed", 2)
+    test = ("--test_only", "--ckpt", tmp_path / "runs/a/latest.pth", "--against")
+    assert "b/test_val: has no counts.npz; test that model" in refused(*test, tmp_path / "runs/b/test_val")
+    assert not (tmp_path / "runs/a/test_val").exists()
+    start("--test_only", "--ckpt", tmp_path / "runs/b/latest.pth")
+
+    counts = tmp_path / "runs/b/test_val/counts.npz"
+    _, out = start(*test, counts)
+    assert f"mIoU {100 * (a['Mean IoU'] - b['Mean IoU']):+.2f} points over {counts}, 95% interval " in out
+    assert "warning: 3 images are few" in out and "fewer than 10 images" in out and "sky (3), road (3)" in out
+    assert "runs/b" in json.loads((tmp_path / "runs/a/test_val/card.json").read_text())["against"]
+    # A second test of the same model reads what the first one wrote.
+    _, out = start(*test, tmp_path / "runs/a/test_val")
+    assert "mIoU +0.00 points over" in out and "95% interval 0.00 to 0.00; better in 0.0% of" in out
+
+    assert "has 3 images, this test 4" in refused(*test, counts, "--val_split", "train")
+    assert "was scored on other masks (first b1); test both on" in refused(*test, counts, "--crop_val")
+    assert (tmp_path / "runs/a/test_val_crop33/card.json").is_file()  # the evaluation is not lost
+
+
 def test_a_model_of_stride_16_is_tested_at_stride_8(start, refused, tmp_path):
     model = ("--model", "deeplabv3_resnet50")
     start("--run_name", "a", "--total_itrs", 1, *model)
     ckpt = tmp_path / "runs/a/best.pth"
     plain, _ = start("--test_only", "--ckpt", ckpt, *model)
     finer, _ = start("--test_only", "--ckpt", ckpt, "--eval_output_stride", 8, *model)
-    assert finer != plain and (tmp_path / "runs/a/test_val_os8/card.json").is_file()
+    finest = json.loads((tmp_path / "runs/a/test_val_os8/card.json").read_text())
+    coarse = json.loads((tmp_path / "runs/a/test_val/card.json").read_text())
+    assert finer != plain and finest["parameters"] == coarse["parameters"]
+    assert finest["gflops"] > 1.5 * coarse["gflops"]
     start("--run_name", "m", "--total_itrs", 1)
     line = refused("--test_only", "--ckpt", tmp_path / "runs/m/best.pth", "--eval_output_stride", 8)
     assert "MobileNetV3 supports 16 only" in line
@@ -296,7 +329,9 @@ main.main({data!r})
         assert_refused(run_main(*data, "--total_itrs", 4), "a1.jpg")
 
 
-@pytest.mark.parametrize("flags", [["--tta", "flip"], ["--crop_val"], ["--eval_output_stride", "8"]])
+@pytest.mark.parametrize(
+    "flags", [["--tta", "flip"], ["--crop_val"], ["--against", "b"], ["--eval_output_stride", "8"]]
+)
 def test_flags_of_the_test_are_refused_in_training(refused, flags):
     assert f"{flags[0]}: works with --test_only alone" in refused(*flags)
 

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    jaccard_score,
+    precision_recall_fscore_support,
+)
 
 from utils import metrics
 from utils.errors import InputError
@@ -27,6 +33,18 @@ def test_scores_of_a_matrix_worked_by_hand():
     assert result["FreqW Acc"] == pytest.approx(0.5 * 3 / 6 + 0.5 * 2 / 5)
 
 
+def test_precision_recall_and_f1_of_a_matrix_worked_by_hand():
+    # Class 2 is only predicted, class 3 is only annotated, class 4 is neither.
+    matrix = torch.tensor([[3, 1, 0, 0, 0], [2, 2, 1, 0, 0], [0, 0, 0, 0, 0], [0, 4, 0, 0, 0], [0, 0, 0, 0, 0]])
+    result = scores(matrix)
+    assert result["Class Precision"] == pytest.approx([3 / 5, 2 / 7, 0, 0, math.nan], nan_ok=True)
+    assert result["Class Recall"] == pytest.approx([3 / 4, 2 / 5, 0, 0, math.nan], nan_ok=True)
+    assert result["Class F1"] == pytest.approx([6 / 9, 4 / 12, 0, 0, math.nan], nan_ok=True)
+    assert result["Mean Precision"] == pytest.approx((3 / 5 + 2 / 7) / 4)  # over the classes of the mean IoU
+    assert result["Mean Recall"] == pytest.approx((3 / 4 + 2 / 5) / 4)
+    assert result["Mean F1"] == pytest.approx((6 / 9 + 4 / 12) / 4)
+
+
 def test_rows_are_targets_and_columns_predictions():
     assert scored([[0, 0, 1]], [[1, 1, 0]], 2).matrix().tolist() == [[0, 2], [1, 0]]
 
@@ -44,6 +62,10 @@ def test_agrees_with_scikit_learn(num_classes):
     assert result["Mean Acc"] == pytest.approx(balanced_accuracy_score(target, prediction))
     assert result["Mean IoU"] == pytest.approx(jaccard_score(target, prediction, average="macro"))
     assert result["FreqW Acc"] == pytest.approx(jaccard_score(target, prediction, average="weighted"))
+    expected = precision_recall_fscore_support(target, prediction, labels=range(num_classes), zero_division=0)
+    for name, values in zip(("Precision", "Recall", "F1"), expected, strict=False):
+        assert result[f"Class {name}"] == pytest.approx(values)
+        assert result[f"Mean {name}"] == pytest.approx(values.mean())
 
 
 def test_void_is_counted_nowhere():
@@ -119,11 +141,17 @@ def test_scores_are_printed_in_the_fields_form():
         "Mean IoU: 0.450000",
     ]
     absent = scores(torch.tensor([[1, 0], [0, 0]]))
-    assert format_class_table(absent, ["road", "car"]) == ["class     IoU", "road   1.0000", "car         -"]
+    assert format_class_table({"Class IoU": [1, math.nan]}, ["road", "car"]) == [  # of an older checkpoint
+        "class     IoU",
+        "road   1.0000",
+        "car         -",
+        "mean   1.0000",
+    ]
     assert format_class_table(absent, ["road", "car"], [0.25, math.nan]) == [
-        "class     IoU  boundary IoU",
-        "road   1.0000        0.2500",
-        "car         -             -",
+        "class     IoU  Precision  Recall      F1  boundary IoU",
+        "road   1.0000     1.0000  1.0000  1.0000        0.2500",
+        "car         -          -       -       -             -",
+        "mean   1.0000     1.0000  1.0000  1.0000        0.2500",
     ]
 
 

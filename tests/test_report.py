@@ -15,6 +15,7 @@ from PIL import Image
 
 import main
 from tests.conftest import TINY, write_voc_layout
+from utils.against import ImageCounts
 from utils.engine import predict
 from utils.errors import InputError
 from utils.pictures import report, report_data
@@ -198,6 +199,14 @@ def test_environment_is_shown_and_marked_where_it_differs_but_not_the_command(ma
     assert table["command"]["b"]["text"] == "main.py --run_name b" and table["git_commit"]["a"]["text"] == "abc"
 
 
+def test_size_of_the_model_is_beside_the_environment_and_a_dash_for_older_runs(make, tmp_path):
+    runs = [write_run(tmp_path / "a", parameters=39_761_845, gflops=124.759), write_run(tmp_path / "b")]
+    options, environment = (make(*runs).table("options-and-environment", number) for number in (0, 1))
+    assert [cell["text"] for cell in environment["parameters"].values()] == ["39,761,845", "-"]
+    assert [cell["text"] for cell in environment["gflops"].values()] == ["124.8", "-"]
+    assert "parameters" not in options
+
+
 def test_class_table_has_a_bar_as_long_as_each_iou_and_a_dash_for_an_absent_class(make, tmp_path):
     page = make(write_run(tmp_path / "a"), write_run(tmp_path / "b", ious=[0.9, 0.1, 0.75, math.nan]))
     a, b = "a (epoch 1)", "b (epoch 1)"
@@ -215,6 +224,18 @@ def test_class_table_has_a_bar_as_long_as_each_iou_and_a_dash_for_an_absent_clas
     assert "bar" in table["sky"][a]["css"] and "best" in table["sky"][b]["css"]
 
 
+def test_precision_recall_and_f1_come_from_the_confusion_matrix(make, tmp_path):
+    page = make(write_run(tmp_path / "a"), write_run(tmp_path / "b", class_names=["sky", "road", "lake", "car"]))
+    rows = page.table("iou-of-each-class", 1)
+    assert [page.column("iou-of-each-class", f"a, {name}", 1)["sky"] for name in ("precision", "recall", "f1")] == [
+        "0.8889",  # 80 / 90
+        "0.8000",  # 80 / 100
+        "0.8421",  # 160 / 190
+    ]
+    assert page.column("iou-of-each-class", "a, recall", 1)["mean"] == "0.8500"  # of sky, road and tree
+    assert rows["car"]["a, f1"]["text"] == rows["lake"]["a, f1"]["text"] == rows["tree"]["b, recall"]["text"] == "-"
+
+
 def test_runs_with_different_classes_are_reported_but_not_ranked(make, tmp_path):
     other = write_run(tmp_path / "b", class_names=["road", "sky", "lake", "car"], mious=[0.9])
     page = make(write_run(tmp_path / "a"), other)
@@ -223,6 +244,52 @@ def test_runs_with_different_classes_are_reported_but_not_ranked(make, tmp_path)
     rows = page.table("iou-of-each-class")
     assert rows["lake"]["a (epoch 1)"]["text"] == rows["tree"]["b (epoch 1)"]["text"] == "not a class"
     assert rows["sky"]["b (epoch 1)"]["text"] == "0.8333 ★"  # by name, not by position
+
+
+def write_test(run, *, right, split="val", target=(100, 50, 0, 0), images=60):
+    """Writes the counts of a test in which every image has the same counts."""
+    counts = np.tile(np.array([[*right, 0, 0], target, target], np.int32), (images, 1, 1))
+    (run / f"test_{split}").mkdir()
+    ImageCounts([f"{n:03}" for n in range(images)], CLASSES, counts).save(run / f"test_{split}" / "counts.npz")
+
+
+def test_best_test_is_compared_with_each_other_test_of_the_same_data(make, tmp_path):
+    a, b, c = (write_run(tmp_path / name) for name in "abc")
+    write_test(a, right=(50, 50))  # IoU 1/3 and 1
+    write_test(b, right=(100, 25))  # IoU 1 and 1/3
+    write_test(b, right=(100, 50), split="val_tta_flip")
+    write_test(c, right=(100, 50), target=(100, 51, 0, 0))  # other masks
+    page = make(a, b, c)
+    assert page.tables["comparison"][0][0][0]["text"] == ""
+    text = page.texts["comparison"]
+    assert "b/test_val_tta_flip over a/test_val" in text and "b/test_val_tta_flip over b/test_val" in text
+    assert "c/test_val" not in text and len(page.tables["comparison"]) == 2
+    rows = [[name, *(cell["text"] for cell in row.values())] for name, row in page.table("comparison").items()]
+    assert rows == [
+        ["mIoU", "+33.33", "33.33 to 33.33", "100.0%", "60", "0"],
+        ["sky", "+66.67", "66.67 to 66.67", "100.0%", "60", "0"],
+        ["road", "+0.00", "0.00 to 0.00", "0.0%", "60", "0"],
+        ["tree", "-", "-", "-", "0", "-"],
+        ["car", "-", "-", "-", "0", "-"],
+    ]
+    assert page.column("comparison", "points of IoU", 1)["road"] == "+66.67"
+
+
+def test_comparison_of_few_images_has_a_note_and_without_two_tests_it_says_what_to_do(make, tmp_path):
+    a, b = (write_run(tmp_path / name) for name in "ab")
+    write_test(a, right=(50, 50), images=20)
+    assert "Test each run first: main.py --test_only" in make(a, b).texts["comparison"]
+    write_test(b, right=(60, 50), images=20)
+    assert "20 images are few: below 50" in make(a, b).texts["comparison"]
+
+
+def test_damaged_counts_are_refused_by_their_file(make, tmp_path):
+    run = write_run(tmp_path / "a")
+    write_test(run, right=(50, 50))
+    (run / "test_val" / "counts.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match=re.escape("a/test_val/counts.npz: not the counts that --test_only writes")):
+        make(run)
+    assert not (tmp_path / "out").exists()
 
 
 def test_confusion_matrix_is_a_percentage_of_each_row(make, tmp_path):
@@ -296,7 +363,7 @@ def test_contents_link_to_every_section_and_the_language_is_set(make, tmp_path):
     page = make(write_run(tmp_path / "a"))
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
-    assert links == [f"#{section}" for section in sections] and len(set(sections)) == len(sections) == 9
+    assert links == [f"#{section}" for section in sections] and len(set(sections)) == len(sections) == 10
     assert ("html", {"lang": "en"}) in page.tags
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
 

@@ -15,15 +15,16 @@ from typing import Self
 import numpy as np
 import torch
 
+from utils.against import ImageCounts, log_comparison
+from utils.bootstrap import bootstrap_interval, mean_iou
 from utils.distributed import all_gather, all_sum
-from utils.environment import peak_memory_mb
+from utils.environment import model_cost, peak_memory_mb
 from utils.files import write_csv, write_text
-from utils.metrics import LABELS, SCORE_COLUMNS, BoundaryIoU, classes_in_mean, occurrences
+from utils.metrics import CLASS_SCORES, LABELS, SCORE_COLUMNS, BoundaryIoU, classes_in_mean, occurrences
 from utils.options import TEST_FLAGS
 
-RESAMPLES = 1000
-CHUNK = 100  # resamples at a time: 8 bytes per image each
 NUM_WORST = 10
+NOT_IN_JSON = ("class_boundary_iou", "per_image", "counts")  # of `Card.compute`; card.json has them otherwise or not
 log = logging.getLogger("deeplab")
 
 
@@ -69,7 +70,8 @@ class Card:
         "mean_boundary_iou" and "class_boundary_iou" (C floats; NaN: absent). "bootstrap": the 95% interval
         (low, high) of mIoU over the "labelled_images", those with a labelled pixel. "worst": (id, mIoU) of the ten
         labelled images whose mIoU is lowest, lowest first. "per_image": (id, mIoU, pixel accuracy) in the data
-        set's order, NaN for images without a labelled pixel. "images_per_second" and "peak_memory_mb".
+        set's order, NaN for images without a labelled pixel. "counts": int32 `[N, 3, C]` in that order, as from
+        `image_counts`. "images_per_second" and "peak_memory_mb".
         Raises ValueError if no image has a labelled pixel.
         """
         seconds = self._clock() - self._began - self._not_counted
@@ -88,6 +90,7 @@ class Card:
             "bootstrap": bootstrap_interval(counts[labelled]),
             "labelled_images": int(labelled.sum()),
             "worst": [(ids[index], float(ious[index])) for index in worst],
+            "counts": counts.astype(np.int32),
             "per_image": list(zip(ids, ious.tolist(), accuracies.tolist(), strict=True)),
             "images_per_second": len(ids) / seconds,
             "peak_memory_mb": peak,
@@ -112,37 +115,6 @@ def image_counts(masks: torch.Tensor, predictions: torch.Tensor, num_classes: in
     return torch.stack([matrices.diagonal(dim1=1, dim2=2), matrices.sum(dim=2), matrices.sum(dim=1)], dim=1)
 
 
-def mean_iou(counts: np.ndarray) -> np.ndarray:
-    """Computes mIoU `[...]` from float counts `[..., 3, C]` as `image_counts` returns them.
-
-    Absent classes are treated as in `utils.metrics.scores`; NaN, without a warning, if there is no class at all.
-    """
-    right, target, predicted = np.moveaxis(counts, -2, 0)  # [..., C] each
-    union = target + predicted - right
-    there = union > 0
-    iou = np.divide(right, union, out=np.zeros_like(right), where=there)
-    with np.errstate(invalid="ignore"):
-        return iou.sum(axis=-1) / there.sum(axis=-1)
-
-
-def bootstrap_interval(counts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """Computes the 95% interval of mIoU over the choice of images. It says nothing about other trainings.
-
-    These are the percentiles 2.5 and 97.5 of mIoU over `resamples` draws of N out of the N images with replacement
-    (Efron 1979). The same seed gives the same draws. counts: float `[N, 3, C]` as from `image_counts`, each image
-    with a labelled pixel. Raises ValueError for N = 0.
-    """
-    rng, number, means = np.random.default_rng(seed), len(counts), []
-    if not number:
-        raise ValueError("no image has a labelled pixel, so there is no interval")
-    for first in range(0, resamples, CHUNK):
-        draws = (rng.integers(number, size=number) for _ in range(min(CHUNK, resamples - first)))
-        weights = np.stack([np.bincount(draw, minlength=number) for draw in draws]).astype(float)  # [R, N]
-        means.append(mean_iou((weights @ counts.reshape(number, -1)).reshape(-1, *counts.shape[1:])))  # [R]
-    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
-    return float(low), float(high)
-
-
 def format_card(card: dict) -> list[str]:
     """Returns the figures of `Card.compute` as lines to print, without those per class and image."""
     low, high = card["bootstrap"]
@@ -156,25 +128,41 @@ def format_card(card: dict) -> list[str]:
     ]
 
 
-def write_card(folder: Path, card: dict, result: dict, *, opts: argparse.Namespace, class_names: list[str]) -> None:
-    """Logs a card and writes `card.json` and `images.csv`.
+def write_card(
+    folder: Path,
+    card: dict,
+    result: dict,
+    *,
+    opts: argparse.Namespace,
+    class_names: list[str],
+    against: ImageCounts | None = None,
+) -> None:
+    """Logs a card, writes `card.json`, `images.csv` and `counts.npz`, and compares with `--against`.
 
-    card: from `Card.compute`; result: from `utils.metrics.scores`. The JSON begins with what was evaluated and how.
-    NaN becomes null there.
+    card: from `Card.compute`; result: from `utils.metrics.scores`; against: from `read_against`. The JSON begins with
+    what was evaluated and how. NaN becomes null there. Raises InputError if the two were scored on different masks.
     """
     log.info("\n".join(format_card(card)))
     figures = {name: getattr(opts, name) for name in ("ckpt", "dataset", "val_split", *TEST_FLAGS)}
     figures |= {"comparable": not opts.crop_val}
+    stride = opts.eval_output_stride or opts.output_stride
+    figures |= model_cost(opts.model, num_classes=len(class_names), output_stride=stride)
     figures |= {column: result[name] for column, name in SCORE_COLUMNS.items()}
+    figures |= {f"mean_{name}": result[f"Mean {name.title()}"] for name in ("precision", "recall", "f1")}
     figures |= {"classes_in_mean": classes_in_mean(result["Class IoU"])}
-    figures |= {name: value for name, value in card.items() if name not in ("class_boundary_iou", "per_image")}
+    figures |= {name: value for name, value in card.items() if name not in NOT_IN_JSON}
     figures["worst"] = [{"image": id, "mean_iou": iou} for id, iou in card["worst"]]
-    ious = zip(class_names, result["Class IoU"], card["class_boundary_iou"], strict=True)
-    figures["classes"] = [{"class": name, "iou": iou, "boundary_iou": edge} for name, iou, edge in ious]
+    per_class = {column: result[name] for column, name in CLASS_SCORES.items()}
+    per_class = {"class": class_names} | per_class | {"boundary_iou": card["class_boundary_iou"]}
+    figures["classes"] = [dict(zip(per_class, row, strict=True)) for row in zip(*per_class.values(), strict=True)]
     write_text(folder / "card.json", json.dumps(_without_nan(figures), indent=2, allow_nan=False) + "\n")
     rows = [[id, f"{iou:.6f}", f"{accuracy:.6f}"] for id, iou, accuracy in card["per_image"]]
     write_csv(folder / "images.csv", ["image", "mean_iou", "pixel_accuracy"], rows)
+    own = ImageCounts([id for id, *_ in card["per_image"]], class_names, card["counts"])
+    own.save(folder / "counts.npz")
     log.info(f"Scores saved in {folder}")
+    if against is not None:
+        log_comparison(own, against, opts.against)
 
 
 def _without_nan(value: object) -> object:

@@ -1,4 +1,4 @@
-"""Describes where a run was made: versions, commit, device, command and memory."""
+"""Describes what a run was made with: versions, commit, device, command, memory, and how large the model is."""
 
 import functools
 import platform
@@ -11,7 +11,9 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
+from network import build_model
 from utils.distributed import job_id, world_size
 
 
@@ -34,6 +36,24 @@ def environment(device: torch.device) -> dict:
         "command": command(),
         "job": job_id(),
     }
+
+
+# Cached: log and card ask for the same model, and building it takes a fraction of a second.
+@functools.cache
+def model_cost(
+    name: str, *, num_classes: int, output_stride: int, height: int = 513, width: int = 513
+) -> dict[str, int | float]:
+    """Returns the "parameters" of a model of `build_model`, and its "gflops": 10^9 operations for one image.
+
+    A multiplication and an addition are two operations; those of convolutions count. The model is in evaluation mode,
+    without speed-ups. Nothing is computed, because the tensors have no memory.
+    """
+    with torch.device("meta"):
+        model = build_model(name, num_classes=num_classes, output_stride=output_stride).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, 3, height, width))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"parameters": parameters, "gflops": counter.get_total_flops() / 1e9}
 
 
 def command() -> str:

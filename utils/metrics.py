@@ -16,6 +16,12 @@ SCORE_COLUMNS = {  # in history.csv and card.json
     "freqw_acc": "FreqW Acc",
     "mean_iou": "Mean IoU",
 }
+CLASS_SCORES = {  # columns of class_iou.csv and card.json
+    "iou": "Class IoU",
+    "precision": "Class Precision",
+    "recall": "Class Recall",
+    "f1": "Class F1",
+}
 LABELS = 256  # a mask is uint8
 LANES = 4  # counters that take turns on the CPU
 
@@ -110,10 +116,16 @@ def scores(matrix: torch.Tensor) -> dict:
     the classes in the target. "FreqW Acc": IoU weighted by the class's share of the target. "Mean IoU": mean of
     "Class IoU", a list of C values. A class in neither target nor prediction has IoU NaN and is left out of the mean.
     A class that is predicted but never in the target counts 0. Without any pixels, all scores are NaN.
+    "Class Precision", "Class Recall" and "Class F1" (Dice) are lists of C values too; "Mean Precision", "Mean Recall"
+    and "Mean F1" are over the same classes as the mean IoU. There 0 / 0 counts 0: the precision of a class that is
+    never predicted, and the recall of one that is never in the target.
     """
     matrix = matrix.double().cpu()
     right, target, predicted = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
     class_iou = right / (target + predicted - right)  # 0 / 0 = NaN for a class in neither
+    absent = class_iou.isnan()
+    precision, recall = ((right / total.clamp(min=1)).masked_fill(absent, math.nan) for total in (predicted, target))
+    f1 = 2 * right / (target + predicted)
     frequency = target / target.sum()
     return {
         "Overall Acc": (right.sum() / target.sum()).item(),
@@ -121,6 +133,12 @@ def scores(matrix: torch.Tensor) -> dict:
         "FreqW Acc": (frequency * class_iou)[target > 0].sum().item() if target.sum() else float("nan"),
         "Mean IoU": class_iou.nanmean().item(),
         "Class IoU": class_iou.tolist(),
+        "Mean Precision": precision.nanmean().item(),
+        "Mean Recall": recall.nanmean().item(),
+        "Mean F1": f1.nanmean().item(),
+        "Class Precision": precision.tolist(),
+        "Class Recall": recall.tolist(),
+        "Class F1": f1.tolist(),
     }
 
 
@@ -146,17 +164,26 @@ def classes_in_mean(class_iou: list[float]) -> int:
 def format_class_table(
     result: dict, class_names: list[str], class_boundary_iou: list[float] | None = None
 ) -> list[str]:
-    """Formats one line per class: IoU and, if given, boundary IoU; "-" for a class in neither map."""
-    columns = {f"{'IoU':>6}": result["Class IoU"]}  # by heading, as wide as the column
+    """Formats one line per class, and one with the means: the `CLASS_SCORES` and, if given, boundary IoU.
+
+    "-" is a class in neither map. Scores that `result` lacks, as from an older checkpoint, are left out.
+    """
+    columns = {name.removeprefix("Class "): result[name] for name in CLASS_SCORES.values() if name in result}
     if class_boundary_iou:
         columns["boundary IoU"] = class_boundary_iou
+    rows = [*zip(class_names, *columns.values(), strict=True), ("mean", *map(nan_mean, columns.values()))]
     width = max(len(name) for name in [*class_names, "class"])
-    lines = ["  ".join([f"{'class':<{width}}", *columns])]
-    for name, *ious in zip(class_names, *columns.values(), strict=True):
-        cells = ("-" if iou != iou else f"{iou:.4f}" for iou in ious)
-        cells = (f"{cell:>{len(heading)}}" for cell, heading in zip(cells, columns, strict=True))
+    lines = ["  ".join([f"{'class':<{width}}", *(f"{heading:>6}" for heading in columns)])]
+    for name, *values in rows:
+        cells = ("-" if value != value else f"{value:.4f}" for value in values)
+        cells = (f"{cell:>{max(6, len(heading))}}" for cell, heading in zip(cells, columns, strict=True))
         lines.append("  ".join([f"{name:<{width}}", *cells]))
     return lines
+
+
+def nan_mean(values: list[float]) -> float:
+    """Averages the values that are not NaN; NaN without any."""
+    return torch.tensor(values, dtype=torch.float64).nanmean().item()
 
 
 def boundary(ids: torch.Tensor, dilation_ratio: float = 0.02) -> torch.Tensor:

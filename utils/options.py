@@ -15,7 +15,7 @@ from utils.errors import InputError
 from utils.loss import ADDITIVE_LOSSES, LOSSES
 from utils.weights.load import MODEL_DEFAULTS
 
-TEST_FLAGS = {"tta": None, "eval_output_stride": None, "crop_val": False}  # with their defaults
+TEST_FLAGS = {"tta": None, "eval_output_stride": None, "crop_val": False, "against": None}  # with their defaults
 # Flags that may differ between two starts of a run without changing what it computes.
 START_FLAGS = {"continue_training", "test_only", "ckpt", "download", "run_name", "run_dir", "num_workers"}
 START_FLAGS |= {"print_interval", "enable_vis", "vis_port", "vis_env", "vis_num_samples"}
@@ -191,6 +191,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("test (with --test_only)").add_argument
     add("--tta", metavar="LIST", type=_tta, help="average flip and scales, such as flip,0.5,0.75,1.0,1.25,1.5,1.75")
     add("--eval_output_stride", type=int, choices=[16, 8], help="output stride of the test (default: as trained)")
+    text = "folder of another test of the same images: print the difference with its 95%% interval"
+    add("--against", type=any_path, metavar="DIR", help=text)
     add("--crop_val", action="store_true", help="score centre crops of --crop_size; comparable only with such scores")
 
     add = parser.add_argument_group("dashboard").add_argument

@@ -20,16 +20,17 @@ from datasets.voc import SegmentationDataset
 from utils.checkpoint import TrainingState, load_newest, previous_of, validated_itr
 from utils.distributed import is_lost_process, job_id, restarted
 from utils.engine import parse_tta
-from utils.environment import command, environment, peak_memory_mb
+from utils.environment import command, environment, model_cost, peak_memory_mb
 from utils.errors import InputError
 from utils.files import cannot_write, make_folder, temporary_of, write_csv, write_text
-from utils.metrics import SCORE_COLUMNS, format_class_table, format_scores
+from utils.metrics import CLASS_SCORES, SCORE_COLUMNS, format_class_table, format_scores
 from utils.options import option_differences
 from utils.weights.load import MODEL_DEFAULTS, load_checkpoint, options_of_init, resolve_model
 
 HISTORY = "epoch itr loss lr overall_acc mean_acc freqw_acc mean_iou train_seconds val_seconds peak_memory_mb".split()
 CHECKPOINTS = ("latest.pth", "latest.prev.pth", "best.pth")
-TABLES = "options.json history.csv class_iou.csv confusion_matrix.csv curves.png card.json images.csv".split()
+TABLES = ["options.json", "history.csv", "class_iou.csv", "confusion_matrix.csv", "curves.png"]
+TABLES += ["card.json", "images.csv", "counts.npz"]
 LOCK_SECONDS = 10  # the data workers of a killed training hold its lock for a few seconds
 log = logging.getLogger("deeplab")
 
@@ -160,9 +161,14 @@ class Run:
         rows = self.history()
         if any(row["itr"] > resumed_at for row in rows):
             self._write_history([row for row in rows if row["itr"] <= resumed_at])
-        write_text(self.folder / "options.json", json.dumps(vars(opts) | environment(device), indent=2) + "\n")
+        stride = opts.eval_output_stride or opts.output_stride
+        cost = model_cost(opts.model, num_classes=datasets[0].num_classes, output_stride=stride)
+        about = json.dumps(vars(opts) | environment(device) | cost, indent=2)
+        write_text(self.folder / "options.json", about + "\n")
         self._log.path = self.folder / "log.txt"
         log.info(f"Command: {command()}")
+        size = f"{cost['parameters'] / 1e6:.1f} M parameters, {cost['gflops']:.1f} GFLOPs at 513 x 513"
+        log.info(f"Model: {opts.model}, {size}")
         for dataset in datasets:
             path = self.folder / "splits" / f"{dataset.split}.txt"
             if dataset.made_split and not path.is_file():
@@ -210,8 +216,9 @@ class Run:
     ) -> None:
         """Logs the scores and writes `class_iou.csv` and `confusion_matrix.csv` (rows = target)."""
         log.info("\n".join([*format_scores(scores), *format_class_table(scores, class_names, boundary_iou)]))
-        ious = [[name, f"{iou:.6f}"] for name, iou in zip(class_names, scores["Class IoU"], strict=True)]
-        write_csv(self.folder / "class_iou.csv", ["class", "iou"], ious)
+        values = zip(*(scores[name] for name in CLASS_SCORES.values()), strict=True)
+        rows = [[name, *(f"{value:.6f}" for value in row)] for name, row in zip(class_names, values, strict=True)]
+        write_csv(self.folder / "class_iou.csv", ["class", *CLASS_SCORES], rows)
         counts = [[name, *row] for name, row in zip(class_names, matrix.tolist(), strict=True)]
         write_csv(self.folder / "confusion_matrix.csv", ["target \\ prediction", *class_names], counts)
 

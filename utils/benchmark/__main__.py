@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import build_dataset
-from network import MODELS, build_model
+from network import MODELS
 from utils.benchmark.parts import DISTINCT, IMAGE_SIZE, NUM_CLASSES, ON_CUDA, PARTS, STEPS, timed, write_images
 from utils.cli import Parser, friendly_errors, number
 from utils.engine import choose_amp, choose_device
-from utils.environment import device_name, peak_memory_mb
+from utils.environment import device_name, model_cost, peak_memory_mb
 from utils.errors import InputError
 from utils.files import write_text
 
@@ -84,22 +83,15 @@ def floors(opts: argparse.Namespace) -> dict[str, float]:
     crop, step = (opts.crop_size, opts.crop_size), (opts.step_crop_size, opts.step_crop_size)
     least = {}
     for height, width in {IMAGE_SIZE, crop, step}:
-        count = forward_flops(opts, height, width)
-        least[height, width] = count / flops_per_ms
-        print(f"    {width}x{height}: {count / 1e9:.0f} GFLOP, {least[height, width]:.1f} ms")
+        cost = model_cost(
+            opts.model, num_classes=NUM_CLASSES, output_stride=opts.output_stride, height=height, width=width
+        )
+        least[height, width] = 1e9 * cost["gflops"] / flops_per_ms
+        print(f"    {width}x{height}: {cost['gflops']:.0f} GFLOP, {least[height, width]:.1f} ms")
     training = 3 * opts.step_batch_size * least[step]  # the backward pass: two products for each forward one
     loading = {"loader": read, "loader_like_for_like": read, "loader_2_workers": read / 2}
     inference = {"predict": least[crop], "validation": read + least[IMAGE_SIZE]}
     return {"train_step": training, "train_step_compiled": training} | loading | inference
-
-
-def forward_flops(opts: argparse.Namespace, height: int, width: int) -> int:
-    """Counts the floating-point operations for one image; a multiplication and an addition are two."""
-    with torch.device("meta"):  # nothing is computed
-        model = build_model(opts.model, num_classes=NUM_CLASSES, output_stride=opts.output_stride).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, 3, height, width))
-    return counter.get_total_flops()
 
 
 def format_table(rows: list[dict]) -> list[str]:

@@ -89,7 +89,7 @@ class Experiment:
             "peak memory MB": max(row["peak_memory_mb"] for row in rows),
         }
         if (test / "class_iou.csv").is_file():
-            ious = {IOU + name: iou for name, iou in read_csv(test / "class_iou.csv")[1]}
+            ious = {IOU + name: iou for name, iou, *_ in read_csv(test / "class_iou.csv")[1]}
             values |= ious | {"test mIoU": statistics.fmean(iou for iou in ious.values() if not math.isnan(iou))}
         if (test / "card.json").is_file():
             boundary = read_json(test / "card.json").get("mean_boundary_iou")

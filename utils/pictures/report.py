@@ -23,11 +23,23 @@ from PIL import Image
 from datasets.files import VOID
 from datasets.stats import choose_samples, class_statistics, statistics_table
 from datasets.voc import SegmentationDataset
+from utils.against import read_counts
+from utils.bootstrap import Difference, cautions, interval, mean_iou, paired_differences, points
 from utils.errors import InputError
 from utils.files import make_folder, write_text
-from utils.metrics import SCORE_COLUMNS, classes_in_mean
+from utils.metrics import SCORE_COLUMNS, classes_in_mean, scores
 from utils.pictures.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
-from utils.pictures.report_data import ENVIRONMENT, NUM_SAMPLES, SEED, Data, Evaluation, RunFiles, collect, read_runs
+from utils.pictures.report_data import (
+    ENVIRONMENT,
+    MODEL_COST,
+    NUM_SAMPLES,
+    SEED,
+    Data,
+    Evaluation,
+    RunFiles,
+    collect,
+    read_runs,
+)
 from utils.weights.load import describe, load_checkpoint
 
 DRAWING_WIDTH = 1800  # pixels: sharp at the page's full width, also on dense screens
@@ -48,6 +60,7 @@ def write_report(
     if out.is_dir():
         raise InputError(f"{out}: is a folder; name the file to write")
     found = read_runs(runs)
+    compared = comparisons(found)
     groups, without_data, without_model = collect(found, data_root=data_root, device=device, num=num)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -66,6 +79,8 @@ def write_report(
         checkpoints=checkpoints_table(found),
         curves=curves(found),
         classes=classes_table(found),
+        precisions=precisions_table(found),
+        comparisons=compared,
         confusions=[confusions(run) for run in found],
         predictions=[predictions(data, num) for data in groups if data.evaluations],
         missing=[*without_data, *without_model],
@@ -117,7 +132,8 @@ def differing(values: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def options_of(runs: list[RunFiles]) -> dict[str, list[str]]:
-    return side_by_side([{n: v for n, v in run.options.items() if n not in (*ENVIRONMENT, "job")} for run in runs])
+    other = {*ENVIRONMENT, *MODEL_COST, "job"}
+    return side_by_side([{name: value for name, value in run.options.items() if name not in other} for run in runs])
 
 
 def have_same_classes(runs: list[RunFiles]) -> bool:
@@ -157,7 +173,12 @@ def summary_rows(runs: list[RunFiles]) -> list[list]:
 def options_tables(runs: list[RunFiles]) -> dict[str, list[list]]:
     """Returns options and environment with a column per run; values that differ are marked."""
     options = options_of(runs)
-    environment = [run.options["versions"] | {name: run.options[name] for name in ENVIRONMENT[1:]} for run in runs]
+    environment = [
+        run.options["versions"]
+        | {name: run.options[name] for name in ENVIRONMENT[1:]}
+        | {name: f"{run.options[name]:,.{digits}f}" for name, digits in MODEL_COST.items() if name in run.options}
+        for run in runs
+    ]
     return {
         "different": marked_rows(differing(options)),
         "all": marked_rows(options),
@@ -215,6 +236,50 @@ def classes_table(runs: list[RunFiles]) -> dict[str, list]:
     if any(in_mean < total for in_mean, total in counts):
         rows.append(["classes in the mean", *(f"{in_mean} of {total}" for in_mean, total in counts)])
     return {"header": ["class", *(f"{run.name} (epoch {run.last['epoch']:.0f})" for run in runs)], "rows": rows}
+
+
+def precisions_table(runs: list[RunFiles]) -> dict[str, list]:
+    """Returns precision, recall and F1 of each class from the confusion matrix, with three columns per run."""
+    kinds, header, columns = ("Precision", "Recall", "F1"), ["class"], []
+    for run in runs:
+        result = scores(torch.from_numpy(run.matrix))
+        for kind in kinds:
+            header.append(f"{run.name}, {kind.lower()}")
+            values = dict(zip(run.class_iou, result[f"Class {kind}"], strict=True))
+            columns.append((values, result[f"Mean {kind}"]))
+    names = dict.fromkeys(name for run in runs for name in run.class_iou)
+    rows = [[name, *(number(values.get(name, math.nan)) for values, _ in columns)] for name in names]
+    return {"header": header, "rows": [*rows, ["mean", *(number(mean) for _, mean in columns)]]}
+
+
+def comparisons(runs: list[RunFiles]) -> list[dict]:
+    """Compares what `main.py --test_only` has left: of the tests of the same data, the best with each other one.
+
+    Raises InputError if the counts of a test cannot be read.
+    """
+    groups: dict[tuple, dict] = {}
+    for run in runs:
+        for path in sorted(run.folder.glob("test_*/counts.npz")):
+            test = read_counts(path)
+            data = (*test.class_names, None, *test.ids, test.counts[:, 1].tobytes())
+            groups.setdefault(data, {})[f"{run.name}/{path.parent.name}"] = test
+    found = []
+    for tests in groups.values():
+        ranked = sorted(tests, key=lambda name: -mean_iou(tests[name].counts.sum(axis=0, dtype=float)))
+        best = tests[ranked[0]]
+        for name in ranked[1:]:
+            differences = paired_differences(best.counts, tests[name].counts, best.class_names)
+            rows = [difference_row(difference) for difference in differences]
+            found.append({"best": ranked[0], "other": name, "rows": rows, "notes": cautions(differences)})
+    return found
+
+
+def difference_row(difference: Difference) -> list[str]:
+    """Returns the cells of a comparison's row; dashes for a class in no annotation."""
+    if math.isnan(difference.value):
+        return [difference.name, "-", "-", "-", "0", "-"]
+    cells = [points(difference.value, "+"), interval(difference), f"{difference.better:.1%}"]
+    return [difference.name, *cells, f"{difference.images:,}", f"{difference.without:,}"]
 
 
 def confusions(run: RunFiles) -> dict:

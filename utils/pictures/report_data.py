@@ -23,6 +23,7 @@ from utils.weights.load import load_model
 NUM_SAMPLES, SEED = 20, 1  # the same images as `visualize.py samples`
 EVALUATED_ON_CPU = 200  # images per run, a few minutes; other devices evaluate the whole split
 ENVIRONMENT = ("versions", "device_name", "git_commit", "command")  # in options.json beside the options
+MODEL_COST = {"parameters": 0, "gflops": 1}  # with the digits to show; there too, but not in older runs
 REQUIRED = {"dataset", "data_root", "year", "train_split", "val_split"}  # the options that a report reads
 REQUIRED |= {"random_seed", "batch_size", "total_itrs", "amp", *ENVIRONMENT}
 
@@ -87,7 +88,7 @@ def read_run(folder: Path, name: str) -> RunFiles:
     history = [dict(zip(header, row, strict=True)) for row in rows]
     if not set(HISTORY) <= set(header) or any(math.isnan(row["mean_iou"]) for row in history):
         raise InputError(f"{folder / 'history.csv'}: lacks a column or an mIoU; restore the file that main.py wrote")
-    class_iou = dict(read_csv(folder / "class_iou.csv")[1])
+    class_iou = {name: iou for name, iou, *_ in read_csv(folder / "class_iou.csv")[1]}
     (_, *predicted), counts = read_csv(folder / "confusion_matrix.csv")
     if not list(class_iou) == predicted == [target for target, *_ in counts]:
         raise InputError(f"{folder / 'confusion_matrix.csv'}: its classes differ from class_iou.csv; restore both")
