@@ -146,7 +146,9 @@ def write_card(
     figures = {name: getattr(opts, name) for name in ("ckpt", "dataset", "val_split", *TEST_FLAGS)}
     figures |= {"comparable": not opts.crop_val}
     stride = opts.eval_output_stride or opts.output_stride
-    figures |= model_cost(opts.model, num_classes=len(class_names), output_stride=stride)
+    figures |= model_cost(
+        opts.model, num_classes=len(class_names), output_stride=stride, separable_conv=opts.separable_conv
+    )
     figures |= {column: result[name] for column, name in SCORE_COLUMNS.items()}
     figures |= {f"mean_{name}": result[f"Mean {name.title()}"] for name in ("precision", "recall", "f1")}
     figures |= {"classes_in_mean": classes_in_mean(result["Class IoU"])}

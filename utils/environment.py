@@ -41,7 +41,13 @@ def environment(device: torch.device) -> dict:
 # Cached: log and card ask for the same model, and building it takes a fraction of a second.
 @functools.cache
 def model_cost(
-    name: str, *, num_classes: int, output_stride: int, height: int = 513, width: int = 513
+    name: str,
+    *,
+    num_classes: int,
+    output_stride: int,
+    separable_conv: bool = False,
+    height: int = 513,
+    width: int = 513,
 ) -> dict[str, int | float]:
     """Returns the "parameters" of a model of `build_model`, and its "gflops": 10^9 operations for one image.
 
@@ -49,7 +55,9 @@ def model_cost(
     without speed-ups. Nothing is computed, because the tensors have no memory.
     """
     with torch.device("meta"):
-        model = build_model(name, num_classes=num_classes, output_stride=output_stride).eval()
+        model = build_model(
+            name, num_classes=num_classes, output_stride=output_stride, separable_conv=separable_conv
+        ).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.empty(1, 3, height, width))
     parameters = sum(parameter.numel() for parameter in model.parameters())

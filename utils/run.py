@@ -162,7 +162,12 @@ class Run:
         if any(row["itr"] > resumed_at for row in rows):
             self._write_history([row for row in rows if row["itr"] <= resumed_at])
         stride = opts.eval_output_stride or opts.output_stride
-        cost = model_cost(opts.model, num_classes=datasets[0].num_classes, output_stride=stride)
+        cost = model_cost(
+            opts.model,
+            num_classes=datasets[0].num_classes,
+            output_stride=stride,
+            separable_conv=opts.separable_conv,
+        )
         about = json.dumps(vars(opts) | environment(device) | cost, indent=2)
         write_text(self.folder / "options.json", about + "\n")
         self._log.path = self.folder / "log.txt"
