@@ -325,6 +325,8 @@ def describe(
         lines.append(f"near-duplicate colours, merged: {merged:,}")
     if any(name.startswith("#") for name in names):
         lines.append("classes are named by their colours; --colours NAME=#RRGGBB,... names them")
+    if names == ["background", "object"]:
+        lines.append("the class is called object; --names NAME names it")
     if empty := sum(not parts for pair in pairs if pair.drawing for _, parts in pair.drawing.objects):
         lines.append(f"shapes without an area, left out ({empty:,}): boxes, lines, points or labelme's masks")
     if splits := splits_of(pairs):
