@@ -115,6 +115,8 @@ def find_pairs(
         names = f"{min(images, default='no image')!r} and {min(alone, default='no mask')!r}"
         advice = "give masks, labelme or COCO JSON, or YOLO txt with data.yaml; for other endings --mask_suffix"
         raise InputError(f"--masks: no mask is named as an image ({names}); {advice}")
+    if len({pair.id for pair in found.values()}) < len(found):
+        raise InputError("--images: two names are the same once / is _, as in a/b and a_b; rename one")
     for path in [path for path in lists.glob("*.txt") if path.stem.lower() in SPLITS]:
         for own in found.keys() & set(map(partner, files.read_ids(path, images))):
             found[own] = found[own]._replace(split=SPLITS[path.stem.lower()])
@@ -168,8 +170,8 @@ class Scan:
             even.append(np.unique(inside, return_counts=True))
             palette = files.read_palette(pair.source) if palettes else None
             for value in found[-1][0].tolist() if palette is not None else ():
-                colour, path = seen.setdefault(value, (palette[value].tobytes(), pair.source))
-                if colour != palette[value].tobytes():
+                colour, path = seen.setdefault(value, (palette[value : value + 1].tobytes(), pair.source))
+                if colour != palette[value : value + 1].tobytes():
                     self.conflict = f" (the palettes of {path} and {pair.source} differ)"
         self.values = np.unique(np.concatenate([values for values, _ in found]))
         self.pixels, self.areas = np.zeros((2, len(self.values)), np.int64)
@@ -202,7 +204,7 @@ def find_kind(scan: Scan, names: list[str], first_id: int) -> str | None:
         return None if scan.conflict else "colours"
     main = scan.values[scan.areas > LEAST * scan.pixels.sum()] if scan.soft else scan.values
     is_end = np.minimum(np.abs(main), np.abs(main - 255)) <= (NEAR if scan.soft else 0)
-    if values == {0, 65535} or (is_end.all() and main.min() < main.max() - NEAR):
+    if values == {0, 65535} or (main.size and is_end.all() and main.min() < main.max() - NEAR):
         return "binary"
     if first_id or (names and max(values - {VOID}, default=0) <= len(names)):
         return "ids"
@@ -217,6 +219,8 @@ def classify_colours(scan: Scan, named: dict[str, int]) -> tuple[list[str], np.n
         rivals = colours if scan.soft else colours[: len(named)]
         if not (np.abs(rivals - colour).max(-1) <= NEAR).any():
             colours = np.concatenate([colours, colour[None]])
+    if len(colours) < 2:
+        raise InputError(f"--masks: areas of one colour, classes found as colours: {len(colours)}; check --kind")
     colours = colours if named else np.array(sorted(colours.tolist(), key=any))  # black first
     texts = [as_text(colour) for colour in colours]
     if named and (extra := texts[len(named) :]):
@@ -341,22 +345,39 @@ def splits_of(pairs: list[Pair]) -> list[str]:
 
 
 def write(
-    draft: Path, pairs: list[Pair], ids_of: Callable[[Pair], np.ndarray], names: list[str], palette: np.ndarray
+    out: Path,
+    pairs: list[Pair],
+    ids_of: Callable[[Pair], np.ndarray],
+    names: list[str],
+    palette: np.ndarray,
+    most: list[Pair],
 ) -> None:
-    """Writes images, turned upright if need be, otherwise the same bytes, masks, class names and lists."""
-    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (draft / part).mkdir(parents=True)
-    for pair in tqdm(pairs, desc="converting", unit="pair", disable=None):
-        mask, copy = Image.fromarray(ids_of(pair)), draft / "JPEGImages" / f"{pair.id}{pair.image.suffix.lower()}"
-        mask.putpalette(palette.tobytes())
-        mask.save(draft / "SegmentationClass" / f"{pair.id}.png")
-        shutil.copyfile(pair.image, copy)
-        if files.read_header(pair.image)[2] in files.TURNS:
-            Image.fromarray(read_image(pair.image).permute(1, 2, 0).numpy()).save(copy, quality=95)
-    (draft / "class_names.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    for split in splits_of(pairs):
-        text = "".join(f"{pair.id}\n" for pair in pairs if pair.split == split)
-        (draft / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(text, encoding="utf-8")
+    """Writes the data set, whole or not at all. Images are turned upright if need be, otherwise the same bytes.
+
+    most: the pairs in the preview. Raises InputError if it cannot be written.
+    """
+    try:
+        out.resolve().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.resolve().parent) as staging:
+            draft = Path(staging) / out.name
+            for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+                (draft / part).mkdir(parents=True)
+            for pair in tqdm(pairs, desc="converting", unit="pair", disable=None):
+                copy = draft / "JPEGImages" / f"{pair.id}{pair.image.suffix.lower()}"
+                mask = Image.fromarray(ids_of(pair))
+                mask.putpalette(palette.tobytes())
+                mask.save(draft / "SegmentationClass" / f"{pair.id}.png")
+                shutil.copyfile(pair.image, copy)
+                if files.read_header(pair.image)[2] in files.TURNS:
+                    Image.fromarray(read_image(pair.image).permute(1, 2, 0).numpy()).save(copy, quality=95)
+            (draft / "class_names.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            for split in splits_of(pairs):
+                text = "".join(f"{pair.id}\n" for pair in pairs if pair.split == split)
+                (draft / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(text, encoding="utf-8")
+            draw_preview(draft, most, names, palette)
+            draft.rename(out)
+    except OSError as error:
+        raise cannot_write(out, error) from None
 
 
 def draw_preview(draft: Path, pairs: list[Pair], names: list[str], palette: np.ndarray) -> None:
@@ -418,15 +439,8 @@ def convert(args: Namespace) -> None:
         found = of[np.searchsorted(scan.values, values)]
         return ids[found if colours is None or not scan.soft else settle(found, values, colours)]
 
-    try:
-        out.resolve().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.resolve().parent) as staging:
-            write(Path(staging) / out.name, pairs, ids_of, classes, palette)
-            most = sorted(range(len(pairs)), key=lambda row: -len(scan.masks[row]))[:4]
-            draw_preview(Path(staging) / out.name, [pairs[row] for row in most], classes, palette)
-            (Path(staging) / out.name).rename(out)
-    except OSError as error:
-        raise cannot_write(out, error) from None
+    most = [pairs[row] for row in sorted(range(len(pairs)), key=lambda row: -len(scan.masks[row]))[:4]]
+    write(out, pairs, ids_of, classes, palette, most)
     findings, checked = check_dataset("folder", out)
     print("\n".join(format_findings(findings, checked)))
     if any(finding.fatal for finding in findings):
