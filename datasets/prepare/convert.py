@@ -89,7 +89,7 @@ def list_source(places: list[Place], suffix: str) -> tuple[dict[str, Path], dict
 
 
 def find_pairs(
-    images: dict[str, Path], sources: list[tuple[str, Path, Drawing | None]], lists: Path, ending: str
+    images: dict[str, Path], sources: list[tuple[str, Path, Drawing | None]], *, lists: Path, ending: str
 ) -> tuple[list[Pair], list[str]]:
     """Pairs images with masks or drawings by name; also returns lines about what is left out.
 
@@ -271,7 +271,7 @@ def colour_names(text: str) -> dict[str, int]:
 
 
 def classify(
-    scan: Scan, kind: str, args: Namespace, named: dict[str, int], names: list[str]
+    scan: Scan, kind: str, args: Namespace, *, named: dict[str, int], names: list[str]
 ) -> tuple[list[str], np.ndarray, np.ndarray | None]:
     """Returns names of classes, the place of each value's (void: len(names)), `[V]`, and perhaps colours, `[C, 3]`.
 
@@ -348,6 +348,7 @@ def write(
     out: Path,
     pairs: list[Pair],
     ids_of: Callable[[Pair], np.ndarray],
+    *,
     names: list[str],
     palette: np.ndarray,
     most: list[Pair],
@@ -409,7 +410,9 @@ def convert(args: Namespace) -> None:
         names = args.names or names_beside(*folders)
     sources = [(in_split(drawing.name), drawing.path, drawing) for drawing in drawings]
     sources = sources or [(name, path, None) for name, path in masks.items()]
-    pairs, notes = find_pairs(images, sources, root / "ImageSets" / "Segmentation", args.mask_suffix or "_mask")
+    pairs, notes = find_pairs(
+        images, sources, lists=root / "ImageSets" / "Segmentation", ending=args.mask_suffix or "_mask"
+    )
     # Which values do they have, and which class is each?
     named = args.colours or ({} if drawings or args.kind not in (None, "colours") else read_labelmap(*folders))
     expand = bool(named) or args.kind == "colours"
@@ -419,7 +422,7 @@ def convert(args: Namespace) -> None:
         print(table(scan, [(str(value), "?", scan.values == value) for value in scan.values[:20].tolist()]))
         advice = "pass --kind ids, colours, binary or instances, and for ids --names"
         raise InputError(f"--masks {folders[-1]}: it is unclear what these values are{scan.conflict}; {advice}")
-    all_names, of, colours = classify(scan, kind, args, named, names)
+    all_names, of, colours = classify(scan, kind, args, named=named, names=names)
     kept, more = find_classes(scan, kind, all_names, of)
     ids, palette, classes = np.full(len(all_names) + 1, VOID, np.uint8), voc_colormap(), [all_names[k] for k in kept]
     ids[kept] = range(len(kept))
@@ -440,7 +443,7 @@ def convert(args: Namespace) -> None:
         return ids[found if colours is None or not scan.soft else settle(found, values, colours)]
 
     most = [pairs[row] for row in sorted(range(len(pairs)), key=lambda row: -len(scan.masks[row]))[:4]]
-    write(out, pairs, ids_of, classes, palette, most)
+    write(out, pairs, ids_of, names=classes, palette=palette, most=most)
     findings, checked = check_dataset("folder", out)
     print("\n".join(format_findings(findings, checked)))
     if any(finding.fatal for finding in findings):
