@@ -28,6 +28,7 @@ from datasets.files import COLOUR, VOID, read_image
 from datasets.folder import (
     SPLITS,
     Place,
+    find_lists,
     find_pair,
     find_places,
     in_split,
@@ -89,7 +90,7 @@ def list_source(places: list[Place], suffix: str) -> tuple[dict[str, Path], dict
 
 
 def find_pairs(
-    images: dict[str, Path], sources: list[tuple[str, Path, Drawing | None]], *, lists: Path, ending: str
+    images: dict[str, Path], sources: list[tuple[str, Path, Drawing | None]], *, lists: dict[str, Path], ending: str
 ) -> tuple[list[Pair], list[str]]:
     """Pairs images with masks or drawings by name; also returns lines about what is left out.
 
@@ -117,7 +118,7 @@ def find_pairs(
         raise InputError(f"--masks: no mask is named as an image ({names}); {advice}")
     if len({pair.id for pair in found.values()}) < len(found):
         raise InputError("--images: two names are the same once / is _, as in a/b and a_b; rename one")
-    for path in [path for path in lists.glob("*.txt") if path.stem.lower() in SPLITS]:
+    for path in [path for path in lists.values() if path.stem.lower() in SPLITS]:
         for own in found.keys() & set(map(partner, files.read_ids(path, images))):
             found[own] = found[own]._replace(split=SPLITS[path.stem.lower()])
     notes = note("images without a mask, left out", sorted(images.keys() - found.keys()))
@@ -410,9 +411,8 @@ def convert(args: Namespace) -> None:
         names = args.names or names_beside(*folders)
     sources = [(in_split(drawing.name), drawing.path, drawing) for drawing in drawings]
     sources = sources or [(name, path, None) for name, path in masks.items()]
-    pairs, notes = find_pairs(
-        images, sources, lists=root / "ImageSets" / "Segmentation", ending=args.mask_suffix or "_mask"
-    )
+    ending = args.mask_suffix or "_mask"
+    pairs, notes = find_pairs(images, sources, lists=find_lists(root, ()), ending=ending)
     # Which values do they have, and which class is each?
     named = args.colours or ({} if drawings or args.kind not in (None, "colours") else read_labelmap(*folders))
     expand = bool(named) or args.kind == "colours"
@@ -427,13 +427,8 @@ def convert(args: Namespace) -> None:
     ids, palette, classes = np.full(len(all_names) + 1, VOID, np.uint8), voc_colormap(), [all_names[k] for k in kept]
     ids[kept] = range(len(kept))
     palette[: len(kept)] = palette[: len(kept)] if colours is None else colours[kept]
-    print(
-        f"pairs: {len(pairs):,}, kind: {kind}",
-        *describe(scan, pairs, classes, ids[of], colours),
-        *notes,
-        *more,
-        sep="\n",
-    )
+    lines = [*describe(scan, pairs, classes, ids[of], colours), *notes, *more]
+    print(f"pairs: {len(pairs):,}, kind: {kind}", *lines, sep="\n")
     if args.dry_run:
         return
 
