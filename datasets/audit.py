@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.files import (
+    FIRST_QUARTER_TURN,
     TURNS,
     VOID,
     format_shares,
@@ -29,7 +30,6 @@ from utils.errors import InputError
 
 DEEP_GREYS = 20  # number of 16-bit images whose values are read
 MAX_12_BITS = 2**12 - 1
-FIRST_QUARTER_TURN = 5  # from this EXIF orientation on, height and width change places
 MAX_NAMES = 10  # classes that a message names
 log = logging.getLogger("deeplab")
 

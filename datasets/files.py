@@ -18,6 +18,8 @@ from PIL.Image import Transpose
 from utils.errors import InputError
 
 CONVERT = "python -m datasets.prepare.convert"
+KIND = "--kind KIND (ids, colours, binary or instances)"
+COLOUR = 1 << 24  # marks the colours among values of masks
 VOID = 255  # the mask value that is neither trained on nor scored
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # in any case
 JPEG_SUFFIXES = (".jpg", ".jpeg")
@@ -26,6 +28,7 @@ CLASS_FILES = ("class_names.txt", "classes.txt", "labels.txt", "_classes.csv")
 FULL_SCALE = {"I": (2**16 - 1, 2**31 - 1), "F": (1, 2**8 - 1, 2**16 - 1)}  # by the first letter of Pillow's mode
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow spreads greys of 2 and 4 bits over 0..255
 UNREADABLE = (Exception,)  # Pillow's forty decoders share no narrower base class for what they raise
+FIRST_QUARTER_TURN = 5  # from this EXIF orientation on, height and width change places
 MAX_ID = 240  # bytes; with a suffix and .tmp it still fits into a file name of 255
 MAX_CLASS_NAME = 100  # characters; tables are as wide as the longest name
 TURNS = {  # by EXIF orientation; 1 is upright
@@ -97,15 +100,26 @@ def only_path(paths: list[Path]) -> Path:
     return paths[0]
 
 
-def convert_command(images: Path, **annotations: Path) -> str:
-    """Returns the command that makes masks of ids. annotations: the folder or file by flag, `masks` or `coco`."""
-    flags = " ".join(f"--{name} {shlex.quote(str(path))}" for name, path in {"images": images, **annotations}.items())
-    parent = images.parent if images.name in ("images", "JPEGImages", "img_dir") else images
-    return f"{CONVERT} {flags} --out {shlex.quote(f'{parent}_converted')}"
+def convert_command(folder: Path) -> str:
+    """Returns the command that makes masks of ids from a data folder, into one beside it."""
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    return f"{CONVERT} --images {shlex.quote(str(folder))} --out {shlex.quote(f'{folder}_converted')}"
 
 
 @contextlib.contextmanager
-def _opened(path: Path, kind: str, *, otherwise: str) -> Iterator[Image.Image]:
+def reading(path: Path) -> Iterator[None]:
+    """Turns any error of the block, which reads annotations, into an InputError that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: cannot be read ({reason}); export it again, or move it away") from None
+
+
+@contextlib.contextmanager
+def opened(path: Path, kind: str, *, otherwise: str) -> Iterator[Image.Image]:
     """Opens an image file. Pillow reads only the header and refuses more than 179 million pixels.
 
     Raises InputError for any error inside the block.
@@ -128,7 +142,7 @@ def read_image(path: Path, *, fits: tuple[int, int] | None = None) -> torch.Tens
     then 65535 and, for integers, 2^31 - 1. Colour profiles are not applied.
     Raises InputError, naming the file, if it cannot be read or has grey values below 0 or above full scale.
     """
-    with _opened(path, "an image", otherwise="leave it out") as image:
+    with opened(path, "an image", otherwise="leave it out") as image:
         return to_rgb(image, where=path, fits=fits)
 
 
@@ -169,17 +183,28 @@ def _on_white(image: Image.Image) -> Image.Image:
 def read_header(path: Path) -> tuple[tuple[int, int], str, int]:
     """Reads (height, width) as stored, Pillow's mode and the EXIF orientation of an image from its file header.
 
+    A TIFF has orientation 1, because Pillow turns it upright.
     Raises InputError if the file is not an image.
     """
-    with _opened(path, "an image", otherwise="leave it out") as image:
+    with opened(path, "an image", otherwise="leave it out") as image:
         # In a PNG Pillow looks for it behind the pixels too, and decodes them.
         has_none = image.format == "PNG" and "exif" not in image.info
-        return (image.height, image.width), image.mode, 1 if has_none else orientation_of(image)
+        orientation = 1 if has_none else orientation_of(image)
+        if image.format == "TIFF" and orientation in TURNS:
+            image.load()  # turns it, and no other format
+            orientation = 1
+        return (image.height, image.width), image.mode, orientation
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Reads (height, width) of an image that is turned as its EXIF orientation says."""
+    size, _, orientation = read_header(path)
+    return size[::-1] if orientation >= FIRST_QUARTER_TURN else size
 
 
 def highest_grey(path: Path) -> int:
     """Reads the highest value of a grey image, before it is scaled to 8 bits. Raises InputError if it cannot."""
-    with _opened(path, "an image", otherwise="leave it out") as image:
+    with opened(path, "an image", otherwise="leave it out") as image:
         return int(np.array(image).max())
 
 
@@ -199,8 +224,8 @@ def read_mask(path: Path, num_classes: int, *, convert: str = CONVERT) -> torch.
     convert: the command to recommend for masks that hold something else.
     Raises InputError if the file is not an image, holds colours instead of ids, is a JPEG, or holds any other value.
     """
-    with _opened(path, "a mask", otherwise="remove its id from the list") as image:
-        mode, is_jpeg, step = image.mode, image.format == "JPEG", GREY_STEPS.get(_raw_mode(image), 1)
+    with opened(path, "a mask", otherwise="remove its id from the list") as image:
+        mode, is_jpeg, step = image.mode, image.format == "JPEG", grey_step(image)
         mask = np.array(image)  # [H, W] in the modes that pass the check below
     if is_jpeg:
         raise InputError(f"{path}: a JPEG mask, whose lossy compression smears the ids; convert the masks: {convert}")
@@ -210,24 +235,44 @@ def read_mask(path: Path, num_classes: int, *, convert: str = CONVERT) -> torch.
     # TIFF allows negative values.
     stray = mask[((mask >= num_classes) & (mask != VOID)) | (mask < 0)]
     if stray.size:
-        count_from_1 = f" --first_id 1 (if the ids count from 1 to {num_classes})"
+        count_from_1 = f"--first_id 1 (if the ids count from 1 to {num_classes})"
         raise InputError(
             f"{path}: value {int(stray[0])} is neither a class (0..{num_classes - 1}) nor void ({VOID}); "
             "fix the mask, add the class to class_names.txt, or convert the masks: "
-            f"{convert}{count_from_1 if stray.max() == num_classes else ''}"
+            f"{convert} {count_from_1 if stray.max() == num_classes else KIND}"
         )
     return torch.from_numpy(mask.astype(np.uint8))
 
 
-def _raw_mode(image: Image.Image) -> str:
-    """Returns how the pixels are stored, such as "L;2" for greys of 2 bits, before the image is loaded."""
-    arguments = image.tile[0][3] if image.tile else ""
-    return arguments if isinstance(arguments, str) else str(arguments[0] if arguments else "")
+def grey_step(image: Image.Image) -> int:
+    """Returns what Pillow multiplies the pixels with, 1 unless greys have 2 or 4 bits. Call it before loading."""
+    arguments = image.tile[0][3] if image.tile else ""  # how the pixels are stored, such as "L;2"
+    return GREY_STEPS.get(arguments if isinstance(arguments, str) else str(arguments[0] if arguments else ""), 1)
+
+
+def read_values(path: Path, *, expand: bool) -> np.ndarray:
+    """Reads a mask of any kind as int32 `[H, W]`: a grey or an index is itself, a colour is COLOUR + 0xRRGGBB.
+
+    Transparent pixels are 0. expand: replaces the indices of palettes by their colours.
+    Raises InputError for a file that cannot be read, and for fractions and negative values.
+    """
+    with opened(path, "a mask", otherwise="leave it out") as image:
+        step = grey_step(image)
+        if (image.mode[0] not in "1IFL" or image.mode == "LA") and (expand or image.mode != "P"):
+            pixels = np.array(image.convert("RGBA")).astype(np.int32)  # [H, W, 4]
+            pixels[pixels[..., 3] == 0] = 0
+            red, green, blue, _ = pixels.transpose(2, 0, 1)  # [H, W] each
+            return np.where((red == green) & (green == blue), red, COLOUR | red << 16 | green << 8 | blue)
+        pixels = np.array(image.convert("L") if image.mode == "1" else image)
+        values = pixels.astype(np.int32) // step
+        if (pixels != values * step).any() or not 0 <= values.min() <= values.max() < COLOUR:
+            raise ValueError(f"{pixels.min()} to {pixels.max()} are no ids")
+        return values
 
 
 def read_size(path: Path) -> tuple[int, int]:
     """Reads (height, width) of a mask from the file header. Raises InputError if the file is not an image."""
-    with _opened(path, "a mask", otherwise="remove its id from the list") as image:
+    with opened(path, "a mask", otherwise="remove its id from the list") as image:
         return image.height, image.width
 
 

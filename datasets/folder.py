@@ -1,7 +1,8 @@
 """Opens your own data: finds images, masks, splits and class names in the layouts that annotation tools write."""
 
 import shlex
-from collections.abc import Callable, Collection
+import unicodedata
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from datasets.files import (
     IMAGE_SUFFIXES,
     JPEG_SUFFIXES,
+    KIND,
     MASK_SUFFIXES,
     VOID,
     convert_command,
@@ -36,7 +38,7 @@ FOLDERS = (  # an image folder, and what its mask folder may be called
     ("img_dir", ("ann_dir",)),
 )
 VAL = ("val", "valid", "validation")
-SPLITS = ("train", *VAL, "test")
+SPLITS = {"train": "train", **dict.fromkeys(VAL, "val"), "test": "test"}  # by what folders and lists are called
 README = 'see "Your own data" in the README for the layouts'
 
 
@@ -96,20 +98,18 @@ class Layout:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.places = folder, _find_places(folder)
+        self.folder, self.places = folder, find_places(folder)
         self.images: dict[str, list[Path]] = {}
         self.masks: dict[str, list[Path]] = {}
         for place in self.places:
-            images, masks = _list_pairs(place)
+            images, masks = list_pairs(place)
             self.images |= {f"{place.prefix}{id}": paths for id, paths in images.items()}
             for name, paths in masks.items():
-                own = name if name in images or _shorter(name) not in images else _shorter(name)
-                id = f"{place.prefix}{own}"
+                id = f"{place.prefix}{match(name, images)}"
                 self.masks[id] = [*self.masks.get(id, []), *paths]
-        first = self.places[0]
-        self.convert = convert_command(first.images, masks=first.masks)
+        self.convert = convert_command(folder)
         if not self.masks:
-            raise _no_masks(first, self.images)
+            raise _no_masks(self)
 
     def pair(self, id: str) -> tuple[Path, Path]:
         """Returns the paths of an image and its mask, which need not exist. Raises InputError if several fit."""
@@ -136,7 +136,7 @@ class Splits:
 
     def __init__(self, layout: Layout, named: Collection[str] = ("train", "val")) -> None:
         self.layout = layout
-        self._by_name: dict[str, Path | list[str]] = _find_lists(layout.folder, named)  # a list, or the ids
+        self._by_name: dict[str, Path | list[str]] = find_lists(layout.folder, named)  # a list, or the ids
         self._pool: Path | list[str] | None = None  # what is divided into train and val
         if self._by_name:
             only = next(iter(self._by_name))
@@ -192,7 +192,7 @@ def _divide(ids: list[str], split: str, *, seed: int) -> list[str]:
     return [ids[i] for i in sorted(chosen)]
 
 
-def _find_lists(folder: Path, named: Collection[str]) -> dict[str, Path]:
+def find_lists(folder: Path, named: Collection[str]) -> dict[str, Path]:
     """Returns the split lists by name; those in sub-folders only if they are named."""
     own = folder / "ImageSets" / "Segmentation"
     names = {path.stem for path in own.glob("*.txt") if not is_ghost(path.name)}
@@ -215,17 +215,17 @@ def _split_folders(layout: Layout) -> dict[str, list[str]]:
     return found
 
 
-def _find_places(folder: Path) -> list[Place]:
+def find_places(folder: Path) -> list[Place]:
     """Finds images and masks in the folder itself, otherwise in the folders of its splits, otherwise side by side."""
-    if pair := _find_pair(folder):
+    if pair := find_pair(folder):
         return [Place("", *pair)]
     inner = [folder / name for name in SPLITS if is_folder(folder / name)]
     if inner:
-        return [Place(f"{path.name}/", *(_find_pair(path) or (path, path))) for path in inner]
+        return [Place(f"{path.name}/", *(find_pair(path) or (path, path))) for path in inner]
     return [Place("", folder, folder)]
 
 
-def _find_pair(folder: Path) -> tuple[Path, Path] | None:
+def find_pair(folder: Path) -> tuple[Path, Path] | None:
     """Returns the folder of images and the folder of masks; of several that masks may have, the first with masks."""
     for images, names in FOLDERS:
         found = [folder / name for name in names if is_folder(folder / name)]
@@ -235,12 +235,12 @@ def _find_pair(folder: Path) -> tuple[Path, Path] | None:
     return None
 
 
-def _list_pairs(place: Place) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """Returns the paths of images and of masks by name, a mask's as the file is called."""
+def list_pairs(place: Place, ending: str = "_mask") -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """Returns the paths of images and of masks by name, a mask's as the file is called; see `match`."""
     if place.images != place.masks:
         return list_files(place.images, IMAGE_SUFFIXES), _lossless(list_files(place.masks, MASK_SUFFIXES))
     images = list_files(place.images, {*IMAGE_SUFFIXES, *MASK_SUFFIXES})
-    masks = {name: images.pop(name) for name in list(images) if _shorter(name) in images}
+    masks = {name: images.pop(name) for name in list(images) if _shorter(name, ending) in images}
     if not masks:  # a.jpg and a.png
         for name, paths in images.items():
             jpegs = [path for path in paths if path.suffix.lower() in JPEG_SUFFIXES]
@@ -249,12 +249,43 @@ def _list_pairs(place: Place) -> tuple[dict[str, list[Path]], dict[str, list[Pat
     return images, masks
 
 
-def _shorter(name: str) -> str | None:
-    """Returns `a` for the masks `a_mask` and `a.jpg`."""
+def match(name: str, images: Collection[str], ending: str = "_mask") -> str:
+    """Returns the image that a mask called `name` belongs to: `a` for `a`, `a_mask` and `a.jpg`; `name` if none does.
+
+    ending: what the names of masks add to those of images, in any case.
+    """
+    shorter: str | None = name
+    while shorter and shorter not in images:
+        shorter = _shorter(shorter, ending)
+    return shorter or name
+
+
+def match_anywhere(name: str, images: Mapping[str, Collection[str]], ending: str) -> str | None:
+    """Returns the image for a mask in another folder: the only one so called, unless it is of another split.
+
+    images: names by their last part.
+    """
+    found = images.get(match(name.rpartition("/")[2], images, ending), ())
+    found = [other for other in found if None in (split_of(name), split_of(other))]
+    return found[0] if len(found) == 1 else None
+
+
+def in_split(name: str) -> str:
+    """Returns a name in Unicode form NFC, with folders such as `valid` called by their split."""
+    *folders, stem = unicodedata.normalize("NFC", name).split("/")
+    return "/".join([*(SPLITS.get(folder.lower(), folder) for folder in folders), stem])
+
+
+def split_of(name: str) -> str | None:
+    """Returns the split that the folders of a name from `in_split` say."""
+    return next((folder for folder in name.split("/")[:-1] if folder in SPLITS), None)
+
+
+def _shorter(name: str, ending: str) -> str | None:
     path = PurePosixPath(name)
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return str(path.with_suffix(""))
-    return name.removesuffix("_mask") if name.endswith("_mask") else None
+    return name[: -len(ending)] if name.lower().endswith(ending.lower()) else None
 
 
 def _lossless(masks: dict[str, list[Path]]) -> dict[str, list[Path]]:
@@ -265,14 +296,12 @@ def _lossless(masks: dict[str, list[Path]]) -> dict[str, list[Path]]:
     }
 
 
-def _no_masks(place: Place, images: Collection[str]) -> InputError:
+def _no_masks(layout: Layout) -> InputError:
     """Says why a folder has no masks: often they are polygons."""
+    place = layout.places[0]
     for name, paths in list_files(place.masks, (".json", ".txt")).items():
-        own = name in images  # a file for each image
-        if own or paths[0].suffix.lower() == ".json":
-            source = {"masks": place.masks} if own else {"coco": paths[0]}
-            command = convert_command(place.images, **source)
-            return InputError(f"{paths[0]}: holds polygons, not a mask; convert them: {command}")
+        if f"{place.prefix}{name}" in layout.images or paths[0].suffix.lower() == ".json":
+            return InputError(f"{paths[0]}: holds polygons, not a mask; convert them: {layout.convert}")
     return InputError(f"{place.masks}: has no masks; {README}")
 
 
@@ -291,8 +320,11 @@ def class_names_of(layout: Layout) -> list[str]:
         counts += np.bincount(read_mask(mask, VOID, convert=layout.convert).numpy().ravel(), minlength=VOID + 1)
     path, ids = layout.folder / "class_names.txt", np.flatnonzero(counts[:VOID])
     last = int(ids.max(initial=0))
-    if last == 0 or last > 3 * len(ids):
-        fix = f"these are not ids from 0 on; convert the masks: {layout.convert}"
+    if last == 0 and not (counts[0] and counts[VOID]):
+        fix = "nothing is annotated; annotate some images"
+    elif last == 0 or last > 3 * len(ids):
+        kind = f" {KIND}" if last else ""
+        fix = f"these are not ids from 0 on; convert the masks: {layout.convert}{kind}"
     else:
         names = " ".join(["background", *(f"class_{id}" for id in range(1, last + 1))])
         fix = f"write the names in this order, a line each: printf '%s\\n' {names} > {shlex.quote(str(path))}"

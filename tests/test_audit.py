@@ -53,7 +53,7 @@ def train(folder: Path, tmp_path: Path, *flags: str):
 def test_masks_of_0_and_255_are_refused_with_the_command_that_converts_them(tmp_path):
     folder = write_data(tmp_path / "d", dict.fromkeys("abcde", halves(0, 255)), "background crack")
     result = train(folder, tmp_path)
-    command = f"--images {folder}/images --masks {folder}/masks --out {folder}_converted"
+    command = f"--images {folder} --out {folder}_converted"
     assert_refused(result, "no pixel of crack (id 1)", "0: 50.0%, 255 (void): 50.0%", "if 255 means crack", command)
     assert not (tmp_path / "runs").exists()
     (finding,) = check_dataset("folder", folder)[0]

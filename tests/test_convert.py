@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+import re
+import shlex
 import unicodedata
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from datasets import build_dataset
 from datasets.prepare import convert
+from datasets.prepare.check import check_dataset
 from datasets.voc import voc_colormap
 
 RED, GREEN, WHITE = (220, 20, 60), (0, 128, 0), (255, 255, 255)
@@ -737,7 +740,7 @@ def test_pairs_that_do_not_fit_are_refused(tmp_path, refuse, masks, words):
 
 def test_two_images_of_one_name_are_refused(tmp_path, photos, refuse):
     write_picture(photos / "a.png", photo())
-    refuse("--masks", write_masks(tmp_path / "masks", {"a.png": IDS}), words=("a.png", "a.jpg", "rename"))
+    refuse("--masks", write_masks(tmp_path / "masks", {"a.png": IDS}), words=("a.png", "a.jpg", "keep one"))
 
 
 def test_unreadable_files_are_refused(tmp_path, photos, refuse):
@@ -858,3 +861,118 @@ def test_a_disk_error_leaves_nothing(tmp_path, monkeypatch, refuse):
 
     monkeypatch.setattr(convert.shutil, "copyfile", fail)
     refuse("--masks", masks, words=("out", "No space left", "free space"))
+
+
+# The commands that other messages recommend
+
+
+def ids_1_and_2(folder: Path) -> None:
+    write_masks(folder / "masks", {f"{id}.png": IDS for id in "ab"})
+    (folder / "class_names.txt").write_text("cat\ndog\n")
+
+
+def stray_greys(folder: Path) -> None:
+    write_masks(folder / "masks", {f"{id}.png": np.array([0, 1, 128], np.uint8)[IDS] for id in "ab"})
+    (folder / "class_names.txt").write_text("floor\ncat\n")
+
+
+def colours(folder: Path) -> None:
+    write_masks(folder / "masks", {f"{id}.png": painted(IDS, RED, GREEN) for id in "ab"})
+    (folder / "class_names.txt").write_text("floor\ncat\ndog\n")
+
+
+def colours_without_names(folder: Path) -> None:
+    write_masks(folder / "masks", {f"{id}.png": painted(IDS, RED, GREEN) for id in "ab"})
+
+
+def jpegs(folder: Path) -> None:
+    write_masks(folder / "masks", {f"{id}.jpg": np.where(IDS > 0, 255, 0).astype(np.uint8) for id in "ab"})
+    (folder / "class_names.txt").write_text("floor\ncat\n")
+
+
+def black_and_white(folder: Path) -> None:
+    write_masks(folder / "masks", {f"{id}.png": np.where(IDS > 0, 255, 0).astype(np.uint8) for id in "ab"})
+
+
+def black_and_white_with_names(folder: Path) -> None:
+    black_and_white(folder)
+    (folder / "class_names.txt").write_text("floor\ncat\n")
+
+
+def sparse_ids(folder: Path) -> None:
+    write_masks(folder / "masks", {f"{id}.png": IDS * 60 for id in "ab"})
+
+
+def split_folders(folder: Path) -> None:
+    (folder / "images").rename(folder / "train")
+    write_photos(folder / "train" / "images", "a.jpg")
+    write_photos(folder / "val" / "images", "b.jpg")
+    write_masks(folder, {f"{path}.png": painted(IDS, RED, GREEN) for path in ("train/masks/a", "val/masks/b")})
+
+
+def palettes_that_differ(folder: Path) -> None:
+    quantised(folder / "masks" / "a.png", IDS, [0, 1, 2])
+    quantised(folder / "masks" / "b.png", IDS, [2, 0, 1])
+    (folder / "class_names.txt").write_text("floor\ncat\ndog\n")
+
+
+def turned_photos(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for name in "ab":
+        Image.fromarray(photo()).save(folder / "images" / f"{name}.jpg", exif=exif)
+    write_masks(folder / "masks", {f"{id}.png": IDS for id in "ab"})
+    (folder / "class_names.txt").write_text("floor\ncat\ndog\n")
+
+
+def labelme_files(folder: Path) -> None:
+    for name in "ab":
+        write_json(folder / "annotations" / f"{name}.json", labelme([shape("cat", CORNERS)]))
+
+
+def coco_files(folder: Path) -> None:
+    rows = [{"category_id": 3, "segmentation": [flat(CORNERS)]}]
+    for split, name in (("train", "a.jpg"), ("val", "b.jpg")):
+        path = folder / "annotations" / f"instances_{split}2017.json"
+        write_json(path, coco([name], {name: rows}, CATEGORIES))
+
+
+def yolo_files(folder: Path) -> None:
+    (folder / "labels").mkdir()
+    for name in "ab":
+        (folder / "labels" / f"{name}.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.5\n")
+    (folder / "data.yaml").write_text("names: [cat]\n")
+
+
+@pytest.mark.parametrize(
+    ("write", "problem", "kind"),
+    [
+        (ids_1_and_2, "value 2 is neither a class", None),
+        (stray_greys, "value 128 is neither a class", "instances"),
+        (colours, "holds colours", None),
+        (colours_without_names, "holds colours", None),
+        (jpegs, "a JPEG mask", None),
+        (black_and_white, "not ids from 0 on", None),
+        (black_and_white_with_names, "if 255 means cat", None),
+        (sparse_ids, "not ids from 0 on", "ids"),
+        (split_folders, "holds colours", None),
+        (palettes_that_differ, "if the colours are right", None),
+        (turned_photos, "EXIF turns the image", None),
+        (labelme_files, "holds polygons", None),
+        (coco_files, "holds polygons", None),
+        (yolo_files, "holds polygons", None),
+    ],
+)
+def test_a_recommended_command_works_as_printed(tmp_path, write, problem, kind):
+    folder = tmp_path / "my data"
+    write_photos(folder / "images", "a.jpg", "b.jpg")
+    write(folder)
+    (message,) = {finding.problem for finding in check_dataset("folder", folder)[0] if problem in finding.problem}
+    command = message[message.index(convert.__name__) :]
+    command = re.split(r" if |, or | \(|; ", command)[0].removesuffix("KIND")
+    convert.main([*shlex.split(command)[1:], *([kind] if kind else [])])
+    train, val = (build_dataset("folder", f"{folder}_converted", split) for split in ("train", "val"))
+    assert sorted(id[-1] for id in train.ids + val.ids) == ["a", "b"]
+    for data in (train, val):
+        image, mask = data[0]
+        assert image.shape[1:] == mask.shape and len(np.unique(mask)) > 1
