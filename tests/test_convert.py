@@ -341,7 +341,12 @@ def test_noise_of_a_jpeg_of_0_and_255_is_merged(tmp_path, run):
 def test_ids_below_the_number_of_names_and_255_are_kept(tmp_path, run):
     mask = IDS.copy()
     mask[:2] = 255
-    run("--masks", write_masks(tmp_path / "masks", {f"{id}.png": mask for id in "ab"}), "--names", "background,cat,dog")
+    run(
+        "--masks",
+        write_masks(tmp_path / "masks", {f"{id}.png": mask for id in "ab"}),
+        "--names",
+        "background,cat,dog",
+    )
     assert np.array_equal(ids_of(tmp_path, "a"), mask)
     assert names_of(tmp_path) == ["background", "cat", "dog"]
     assert np.array_equal(palette_of(tmp_path, "a"), voc_colormap())
