@@ -110,10 +110,12 @@ def train(
                 require_finite(state.losses, state.itr, loader)
                 trained = time.perf_counter()
                 log.info(f"validation after iteration {state.itr}...")
-                matrix = evaluate(model, val_loader, amp=amp, on_batch=writer, stop=stop)
+                loss_sum = torch.zeros((), device=device)
+                matrix = evaluate(model, val_loader, amp=amp, on_batch=writer, stop=stop, loss_sum=loss_sum)
                 if stop.requested():
                     break
-                is_best = state.add_validation(scores(require_labels(matrix, opts)))
+                result = scores(require_labels(matrix, opts))
+                is_best = state.add_validation(result, val_loss=float(loss_sum / matrix.sum()))
                 if is_main():
                     rows = run.add_validation(state, matrix, val_set.class_names, trained=trained)
                     draw_curves({run.folder.name: rows}, run.folder / "curves.png")

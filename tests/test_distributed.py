@@ -138,6 +138,7 @@ def assert_close_runs(first, second):
     assert [(row["epoch"], row["itr"], row["lr"]) for row in one] == [(r["epoch"], r["itr"], r["lr"]) for r in two]
     for mine, other in zip(one, two, strict=True):
         assert float(mine["loss"]) == pytest.approx(float(other["loss"]), rel=1e-5)
+        assert float(mine["val_loss"]) == pytest.approx(float(other["val_loss"]), rel=1e-4)
     one, two = (load_checkpoint(path / "latest.pth") for path in (first, second))
     for name, weights in one["model_state"].items():
         torch.testing.assert_close(two["model_state"][name], weights, rtol=1e-3, atol=1e-4)

@@ -42,6 +42,7 @@ class TrainingState:
     loss: float = math.nan  # their mean at the last validation
     lr: float = 0.0  # the head's, as used in the last iteration
     clock: float = field(default_factory=time.perf_counter)  # when training since the last validation began
+    val_loss: float = math.nan  # the validation cross-entropy, whatever the training loss
 
     @property
     def epoch(self) -> int:
@@ -53,9 +54,10 @@ class TrainingState:
         self.itr, self.lr = self.itr + 1, lr
         self.losses.add(loss)
 
-    def add_validation(self, scores: dict) -> bool:
+    def add_validation(self, scores: dict, *, val_loss: float) -> bool:
         """Records the scores of the current model; returns whether its mIoU is the best so far."""
-        self.validated_itr, self.scores, self.loss = self.itr, scores, self.losses.pop()
+        self.validated_itr, self.scores = self.itr, scores
+        self.loss, self.val_loss = self.losses.pop(), val_loss
         is_best = scores["Mean IoU"] > self.best_score
         if is_best:
             self.best_score, self.best_itr = scores["Mean IoU"], self.itr

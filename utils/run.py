@@ -28,6 +28,8 @@ from utils.options import option_differences
 from utils.weights.load import MODEL_DEFAULTS, load_checkpoint, resolve_model
 
 HISTORY = "epoch itr loss lr overall_acc mean_acc freqw_acc mean_iou train_seconds val_seconds peak_memory_mb".split()
+LATER = ("val_loss",)  # columns that the histories of older versions lack
+HISTORY.extend(LATER)
 CHECKPOINTS = ("latest.pth", "latest.prev.pth", "best.pth")
 TABLES = "options.json history.csv class_iou.csv confusion_matrix.csv curves.png card.json images.csv".split()
 LOCK_SECONDS = 10  # the data workers of a killed training hold its lock for a few seconds
@@ -179,7 +181,8 @@ class Run:
             return []
         try:
             with path.open(newline="", encoding="utf-8") as file:
-                return [{name: float(row[name]) for name in HISTORY} for row in csv.DictReader(file)]
+                absent = dict.fromkeys(LATER, "nan")
+                return [{name: float((absent | row)[name]) for name in HISTORY} for row in csv.DictReader(file)]
         except (ValueError, TypeError, KeyError, csv.Error):
             raise InputError(f"{path}: not a history that main.py wrote; restore it or remove it") from None
 
@@ -191,10 +194,11 @@ class Run:
         trained: when training since the previous row ended, by `time.perf_counter`.
         """
         self.write_scores(state.scores, matrix, class_names)
+        log.info(f"validation cross-entropy: {state.val_loss:.6f}")
         row = {"epoch": state.epoch, "itr": state.itr, "loss": state.loss, "lr": state.lr}
         row |= {column: state.scores[name] for column, name in SCORE_COLUMNS.items()}
         row |= {"train_seconds": trained - state.clock, "val_seconds": time.perf_counter() - trained}
-        row |= {"peak_memory_mb": peak_memory_mb(state.model.device)}
+        row |= {"peak_memory_mb": peak_memory_mb(state.model.device), "val_loss": state.val_loss}
         rows = [*self.history(), row]
         self._write_history(rows)
         if state.best_itr == state.itr:
