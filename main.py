@@ -22,7 +22,7 @@ from tqdm import tqdm
 from datasets.audit import require_sound
 from datasets.loader import end_workers, eval_loader, open_eval_set, open_train_set, train_loader
 from datasets.stats import count_class_weights
-from utils.checkpoint import TrainingState, require_finite
+from utils.checkpoint import TrainingState, out_of_patience, require_finite
 from utils.cli import friendly_errors, is_out_of_memory
 from utils.distributed import (
     from_main,
@@ -84,12 +84,16 @@ def train(
     )
 
     # The state of the training, its batches, its folder and its dashboard.
-    state = TrainingState(model, optimizer, scheduler, scaler, itrs_per_epoch=len(train_set) // opts.batch_size)
+    per_epoch = len(train_set) // opts.batch_size
+    state = TrainingState(model, optimizer, scheduler, scaler, itrs_per_epoch=per_epoch, warmup_itrs=opts.warmup_itrs)
     if opts.continue_training and checkpoint:
         state.restore(checkpoint, opts.ckpt)
     loader = train_loader(opts, train_set, device, start_itr=state.itr, rank=rank(), processes=world_size())
     val_loader = eval_loader(opts, val_set, device, rank=rank(), processes=world_size())
-    val_interval = opts.val_interval or state.itrs_per_epoch
+    val_interval = opts.val_interval or per_epoch
+    if opts.patience:
+        itrs = opts.patience * val_interval
+        log.info(f"--patience {opts.patience}: stops after {itrs:,} iterations without a better mIoU")
     net = compile_model(parallel(model)) if opts.compile else parallel(model)
     if is_main():
         require_sound(opts, [train_set, val_set], fresh=not (opts.continue_training and checkpoint))
@@ -125,9 +129,10 @@ def train(
                     run.save("latest.pth", state, opts=opts, dataset=val_set)
                     strips = prediction_strips(model, val_set, opts.vis_num_samples if opts.enable_vis else 0, amp)
                     vis.validation(rows[-1], val_set.class_names, state.scores["Class IoU"], strips)
+                done |= out_of_patience(opts.patience, state.since_best)
                 state.clock = time.perf_counter()
 
-            # Leave at the end, or after a stop signal to any process.
+            # Leave at the end, without patience left, or after a stop signal to any process.
             if done or stop.requested():
                 break
 
@@ -172,7 +177,7 @@ def train(
         end_workers(loader, val_loader)
         # Last, because torchrun sends SIGTERM to the processes that another one has left behind.
         stop.close()
-    log.info(state.summary())
+    log.info(state.summary(opts.patience))
     return state.scores
 
 

@@ -179,6 +179,14 @@ def test_scores_of_two_processes_are_those_of_the_model_that_they_save(root):
     assert matrices[0].read_bytes() == matrices[1].read_bytes()
 
 
+def test_two_processes_run_out_of_patience_together(root):
+    given = flags(root, "patient", "--total_itrs", 20, "--lr", 0, "--patience", 2)  # without a step nothing improves
+    result = finish(torchrun(*given))
+    assert result.returncode == 0, result.stderr
+    assert "ended after 2 validations without a better mIoU" in result.stdout
+    assert [row["itr"] for row in rows(root / "patient/history.csv")] == ["2", "4", "6"]
+
+
 def test_a_killed_process_ends_the_job_with_a_message_and_one_process_goes_on(root):
     """Two processes and parts of one image give the losses of one process and whole batches."""
     job = torchrun(*flags(root, "two", "--total_itrs", ITRS, "--grad_accum", 2), script=root / "plain.py")

@@ -566,6 +566,8 @@ def test_sgd_is_fused_on_a_gpu_unless_a_scaler_may_skip_its_first_step(start, mo
         (["--test_only", "--continue_training"], ["--test_only", "--continue_training"]),
         (["--ckpt", "."], ["--ckpt .: this is a folder"]),
         (["--no_such_flag"], ["--no_such_flag"]),
+        (["--patience", "-1"], ["--patience", "-1 is out of range; give 0 or more"]),
+        (["--patience", "1.5"], ["--patience", "invalid int value: '1.5'"]),
     ],
 )
 def test_bad_option_is_refused_and_nothing_is_written(refused, tmp_path, arguments, words):

@@ -162,6 +162,8 @@ def get_parser() -> argparse.ArgumentParser:
     text = "seed of weights, order and augmentation"
     add("--random_seed", metavar="N", type=number(int, 0, 2**32 - 1), default=1, help=text)
     add("--device", metavar="NAME", default="auto", help="auto: cuda if available, otherwise cpu")
+    text = "stop after N validations without a better mIoU; 0: never"
+    add("--patience", metavar="N", type=number(int, 0), default=0, help=text)
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
     add("--compile", action="store_true", help="use torch.compile; if it fails, train without it")
 
