@@ -43,7 +43,7 @@ from utils.options import check_options, get_parser, memory_advice, notes_on_bat
 from utils.pictures.plotting import PredictionWriter, draw_curves, prediction_strips
 from utils.run import Run, finished_scores, open_run
 from utils.signals import StopSignals
-from utils.visualizer import build_visualizer
+from utils.visualizer import Dashboards, open_dashboards
 from utils.weights.load import initial_model
 
 log = logging.getLogger("deeplab")
@@ -83,7 +83,7 @@ def train(
         opts.loss_type, gamma=opts.focal_gamma, threshold=opts.ohem_threshold, keep=opts.ohem_keep, weights=weights
     )
 
-    # The state of the training, its batches, its folder and its dashboard.
+    # The state of the training, its batches, its folder and its dashboards.
     per_epoch = len(train_set) // opts.batch_size
     state = TrainingState(model, optimizer, scheduler, scaler, itrs_per_epoch=per_epoch, warmup_itrs=opts.warmup_itrs)
     if opts.continue_training and checkpoint:
@@ -98,7 +98,7 @@ def train(
     if is_main():
         require_sound(opts, [train_set, val_set], fresh=not (opts.continue_training and checkpoint))
         run.start(opts, device, [train_set, val_set], resumed_at=state.validated_itr)
-    vis = build_visualizer(opts.enable_vis and is_main(), port=opts.vis_port, env=opts.vis_env)
+    vis = open_dashboards(opts, run.folder / "tb", resumed_at=state.itr) if is_main() else Dashboards()
     vis.start(vars(opts), run.history())
     writer = PredictionWriter(run.folder / "results", val_set) if opts.save_val_results else None
     hidden = None if is_main() else True  # None: hidden only where there is no terminal
@@ -127,7 +127,8 @@ def train(
                     if is_best:
                         run.save("best.pth", state, opts=opts, dataset=val_set)
                     run.save("latest.pth", state, opts=opts, dataset=val_set)
-                    strips = prediction_strips(model, val_set, opts.vis_num_samples if opts.enable_vis else 0, amp)
+                    num_strips = opts.vis_num_samples if opts.enable_vis or opts.tensorboard else 0
+                    strips = prediction_strips(model, val_set, num_strips, amp)
                     vis.validation(rows[-1], val_set.class_names, state.scores["Class IoU"], strips)
                 done |= out_of_patience(opts.patience, state.since_best)
                 state.clock = time.perf_counter()
