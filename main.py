@@ -22,7 +22,7 @@ from tqdm import tqdm
 from datasets.audit import require_sound
 from datasets.loader import end_workers, eval_loader, open_eval_set, open_train_set, train_loader
 from datasets.stats import count_class_weights
-from utils.checkpoint import TrainingState, require_finite
+from utils.checkpoint import TrainingState, out_of_patience, require_finite
 from utils.cli import friendly_errors, is_out_of_memory
 from utils.distributed import (
     from_main,
@@ -43,7 +43,7 @@ from utils.options import check_options, get_parser, memory_advice, notes_on_bat
 from utils.pictures.plotting import PredictionWriter, draw_curves, prediction_strips
 from utils.run import Run, finished_scores, open_run
 from utils.signals import StopSignals
-from utils.visualizer import build_visualizer
+from utils.visualizer import Dashboards, open_dashboards
 from utils.weights.load import initial_model
 
 log = logging.getLogger("deeplab")
@@ -83,18 +83,22 @@ def train(
         opts.loss_type, gamma=opts.focal_gamma, threshold=opts.ohem_threshold, keep=opts.ohem_keep, weights=weights
     )
 
-    # The state of the training, its batches, its folder and its dashboard.
-    state = TrainingState(model, optimizer, scheduler, scaler, itrs_per_epoch=len(train_set) // opts.batch_size)
+    # The state of the training, its batches, its folder and its dashboards.
+    per_epoch = len(train_set) // opts.batch_size
+    state = TrainingState(model, optimizer, scheduler, scaler, itrs_per_epoch=per_epoch, warmup_itrs=opts.warmup_itrs)
     if opts.continue_training and checkpoint:
         state.restore(checkpoint, opts.ckpt)
     loader = train_loader(opts, train_set, device, start_itr=state.itr, rank=rank(), processes=world_size())
     val_loader = eval_loader(opts, val_set, device, rank=rank(), processes=world_size())
-    val_interval = opts.val_interval or state.itrs_per_epoch
+    val_interval = opts.val_interval or per_epoch
+    if opts.patience:
+        itrs = opts.patience * val_interval
+        log.info(f"--patience {opts.patience}: stops after {itrs:,} iterations without a better mIoU")
     net = compile_model(parallel(model)) if opts.compile else parallel(model)
     if is_main():
         require_sound(opts, [train_set, val_set], fresh=not (opts.continue_training and checkpoint))
         run.start(opts, device, [train_set, val_set], resumed_at=state.validated_itr)
-    vis = build_visualizer(opts.enable_vis and is_main(), port=opts.vis_port, env=opts.vis_env)
+    vis = open_dashboards(opts, run.folder / "tb", resumed_at=state.itr) if is_main() else Dashboards()
     vis.start(vars(opts), run.history())
     writer = PredictionWriter(run.folder / "results", val_set) if opts.save_val_results else None
     hidden = None if is_main() else True  # None: hidden only where there is no terminal
@@ -110,10 +114,12 @@ def train(
                 require_finite(state.losses, state.itr, loader)
                 trained = time.perf_counter()
                 log.info(f"validation after iteration {state.itr}...")
-                matrix = evaluate(model, val_loader, amp=amp, on_batch=writer, stop=stop)
+                loss_sum = torch.zeros((), device=device)
+                matrix = evaluate(model, val_loader, amp=amp, on_batch=writer, stop=stop, loss_sum=loss_sum)
                 if stop.requested():
                     break
-                is_best = state.add_validation(scores(require_labels(matrix, opts)))
+                result = scores(require_labels(matrix, opts))
+                is_best = state.add_validation(result, val_loss=float(loss_sum / matrix.sum()))
                 if is_main():
                     rows = run.add_validation(state, matrix, val_set.class_names, trained=trained)
                     draw_curves({run.folder.name: rows}, run.folder / "curves.png")
@@ -121,11 +127,13 @@ def train(
                     if is_best:
                         run.save("best.pth", state, opts=opts, dataset=val_set)
                     run.save("latest.pth", state, opts=opts, dataset=val_set)
-                    strips = prediction_strips(model, val_set, opts.vis_num_samples if opts.enable_vis else 0, amp)
+                    num_strips = opts.vis_num_samples if opts.enable_vis or opts.tensorboard else 0
+                    strips = prediction_strips(model, val_set, num_strips, amp)
                     vis.validation(rows[-1], val_set.class_names, state.scores["Class IoU"], strips)
+                done |= out_of_patience(opts.patience, state.since_best)
                 state.clock = time.perf_counter()
 
-            # Leave at the end, or after a stop signal to any process.
+            # Leave at the end, without patience left, or after a stop signal to any process.
             if done or stop.requested():
                 break
 
@@ -170,7 +178,7 @@ def train(
         end_workers(loader, val_loader)
         # Last, because torchrun sends SIGTERM to the processes that another one has left behind.
         stop.close()
-    log.info(state.summary())
+    log.info(state.summary(opts.patience))
     return state.scores
 
 

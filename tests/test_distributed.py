@@ -138,6 +138,7 @@ def assert_close_runs(first, second):
     assert [(row["epoch"], row["itr"], row["lr"]) for row in one] == [(r["epoch"], r["itr"], r["lr"]) for r in two]
     for mine, other in zip(one, two, strict=True):
         assert float(mine["loss"]) == pytest.approx(float(other["loss"]), rel=1e-5)
+        assert float(mine["val_loss"]) == pytest.approx(float(other["val_loss"]), rel=1e-4)
     one, two = (load_checkpoint(path / "latest.pth") for path in (first, second))
     for name, weights in one["model_state"].items():
         torch.testing.assert_close(two["model_state"][name], weights, rtol=1e-3, atol=1e-4)
@@ -176,6 +177,14 @@ def test_scores_of_two_processes_are_those_of_the_model_that_they_save(root):
     assert float(row["mean_iou"]) == pytest.approx(scores["Mean IoU"], rel=1e-9)
     matrices = [root / "seven" / name / "confusion_matrix.csv" for name in ("", "test_val")]
     assert matrices[0].read_bytes() == matrices[1].read_bytes()
+
+
+def test_two_processes_run_out_of_patience_together(root):
+    given = flags(root, "patient", "--total_itrs", 20, "--lr", 0, "--patience", 2)  # without a step nothing improves
+    result = finish(torchrun(*given))
+    assert result.returncode == 0, result.stderr
+    assert "ended after 2 validations without a better mIoU" in result.stdout
+    assert [row["itr"] for row in rows(root / "patient/history.csv")] == ["2", "4", "6"]
 
 
 def test_a_killed_process_ends_the_job_with_a_message_and_one_process_goes_on(root):

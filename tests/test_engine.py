@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from datasets import build_dataset
@@ -85,6 +86,42 @@ def test_each_batch_is_shown_with_the_indices_of_its_pictures(folder, model):
         assert predictions.dtype == masks.dtype == torch.uint8 and predictions.shape == masks.shape
         for index, image, mask in zip(indices, images, masks, strict=True):
             assert torch.equal(image, dataset[index][0]) and torch.equal(mask, dataset[index][1])
+
+
+def loss_of(model, dataset):
+    """The cross-entropy over the valid pixels of a data set: their sum, and their number."""
+    total, count = 0.0, 0
+    for image, mask in dataset:
+        with torch.inference_mode():
+            logits = fold_batchnorm(model)(image[None])
+        total += float(F.cross_entropy(logits, mask[None].long(), ignore_index=255, reduction="sum"))
+        count += int((mask != 255).sum())
+    return total, count
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_loss_of_an_evaluation_is_summed_over_the_pixels_in_its_matrix(folder, model, batch_size):
+    loss_sum = torch.zeros(())
+    matrix = evaluate(model, loader(folder, batch_size), loss_sum=loss_sum)
+    total, count = loss_of(model, build_dataset("folder", folder, "val"))
+    assert float(loss_sum) == pytest.approx(total, rel=1e-5) and int(matrix.sum()) == count
+    assert torch.equal(matrix, evaluate(model, loader(folder, batch_size)))
+
+
+def test_loss_of_a_batch_that_is_halved_counts_each_picture_once():
+    def small(x):
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return ByColour()(x)
+
+    images, loss_sum = random_images().repeat(3, 1, 1, 1), torch.zeros(())
+    masks = torch.randint(0, 2, (6, 31, 46), dtype=torch.uint8)
+    logits = ByColour()(images.float())
+    small_images = images.float()
+    predictions = predict_in_parts(small, small_images, masks=masks, loss_sum=loss_sum)
+    assert torch.equal(predictions.long(), logits.argmax(dim=1))
+    expected = F.cross_entropy(logits, masks.long(), reduction="sum")
+    torch.testing.assert_close(loss_sum, expected)
 
 
 # --- test-time augmentation ---
@@ -274,7 +311,7 @@ def test_a_batch_too_large_for_the_memory_is_predicted_in_parts(monkeypatch, err
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     tried = []
 
-    def predict(model, images, amp=None, *, tta=None):
+    def predict(model, images, amp=None, **_):
         tried.append(len(images))
         if len(images) > 2:
             raise error

@@ -41,7 +41,7 @@ def fake_run(tmp_path):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         count = len(mious)
-        rows = [[1, itr * n // count, 1, 0.1, 0, 0, 0, miou, 60, 5, 100 * n] for n, miou in enumerate(mious, 1)]
+        rows = [[1, itr * n // count, 1, 0.1, 0, 0, 0, miou, 60, 5, 100 * n, 1] for n, miou in enumerate(mious, 1)]
         write_csv(folder / "history.csv", [HISTORY, *rows])
         if ious:
             (folder / "test_test").mkdir()
@@ -257,6 +257,16 @@ def test_a_run_with_other_flags_is_not_taken_for_this_one(make_list, fake_run, c
     fake_run("a_s1", mious=[0.5], **stored)
     line = refused(capsys, make_list(f"a: {flags}"), "--table_only")
     assert "line 4" in line and "a_s1 was trained with " + name in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "commands_left"),
+    [("", 2), ("--patience 2", 0), ("--patience 3", 2), ("--patience 2 --warmup_itrs 30", 2)],
+)
+def test_a_run_that_patience_has_ended_is_complete(make_list, tested, fake_run, commands, flags, commands_left):
+    fake_run("a_s1", mious=[0.1, 0.5, 0.4, 0.5], ious={"sky": 0.2}, itr=40)
+    experiments.main([str(make_list(f"a: {flags} --total_itrs 100", shared=tested))])
+    assert len(commands[0]) == commands_left
 
 
 def test_flags_that_change_no_result_may_differ(make_list, fake_run):

@@ -15,6 +15,7 @@ from utils.loss import (
     focal_loss,
     lovasz_softmax,
     ohem_cross_entropy,
+    summed_cross_entropy,
 )
 
 WEIGHTS = torch.tensor([0.5, 1.0, 3.0, 2.0])
@@ -377,3 +378,13 @@ def test_pieces_of_a_batch_give_what_the_whole_gives(loss_type, monkeypatch):
 def test_logits_and_target_that_do_not_match_are_named_with_their_shapes(shape):
     with pytest.raises(ValueError, match=r"logits \(2, 4, 5, 6\) and target \("):
         cross_entropy(batch()[0], torch.zeros(shape, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_summed_cross_entropy_is_the_sum_over_the_valid_pixels(memory_format, dtype):
+    logits, target = batch(dtype=torch.float32)
+    logits = logits.detach().contiguous(memory_format=memory_format)
+    expected = F.cross_entropy(logits, target, ignore_index=255, reduction="sum")
+    torch.testing.assert_close(summed_cross_entropy(logits, target.to(dtype)), expected)
+    assert summed_cross_entropy(logits, torch.full_like(target, 255)) == 0

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import main
+from datasets import build_dataset
 from network import build_model
 from tests.conftest import ROOT, TINY, assert_refused, before, run_main, write_picture
 from utils.engine import forward_backward
@@ -20,6 +22,7 @@ from utils.environment import environment
 from utils.loss import LOSSES, build_loss
 from utils.options import get_parser
 from utils.run import HISTORY, folder_of_test
+from utils.weights.load import load_checkpoint, restore_model
 
 
 @pytest.fixture
@@ -114,6 +117,31 @@ def test_history_loss_is_the_mean_of_the_iterations_since_the_last_row(start, tm
     losses = [float(line.split("Loss=")[1]) for line in out.splitlines() if "Loss=" in line]
     rows = rows_of(tmp_path / "runs" / "a" / "history.csv")
     assert [float(row["loss"]) for row in rows] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])], abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "focal_loss"])
+def test_validation_loss_is_the_cross_entropy_of_the_validation_set(start, folder, tmp_path, loss_type):
+    _, out = start("--run_name", "a", "--total_itrs", 2, "--loss_type", loss_type, "--lr", 0.01)
+    model = restore_model(load_checkpoint(tmp_path / "runs/a/latest.pth"), "latest.pth", torch.device("cpu")).model
+    losses = []
+    for image, mask in build_dataset("folder", folder, "val"):
+        with torch.inference_mode():
+            pixels = F.cross_entropy(model(image[None]), mask[None].long(), ignore_index=255, reduction="none")
+        losses.append(pixels[mask[None] != 255])
+    (row,) = rows_of(tmp_path / "runs/a/history.csv")
+    assert float(row["val_loss"]) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+    assert f"validation cross-entropy: {float(row['val_loss']):.6f}" in out
+    _, out = start("--test_only", "--ckpt", tmp_path / "runs/a/latest.pth")
+    assert "validation cross-entropy" not in out
+
+
+def test_a_history_from_before_the_validation_loss_goes_on(start, tmp_path):
+    start("--run_name", "a", "--total_itrs", 2)
+    history = tmp_path / "runs/a/history.csv"
+    history.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in history.read_text().splitlines()))
+    start("--run_name", "a", "--total_itrs", 4, "--continue_training")
+    old, new = (float(row["val_loss"]) for row in rows_of(history))
+    assert math.isnan(old) and new > 0
 
 
 def test_checkpoint_holds_what_the_contract_says_and_builtins_only(start, tmp_path):
@@ -573,6 +601,8 @@ def test_sgd_is_fused_on_a_gpu_unless_a_scaler_may_skip_its_first_step(start, mo
         (["--test_only", "--continue_training"], ["--test_only", "--continue_training"]),
         (["--ckpt", "."], ["--ckpt .: this is a folder"]),
         (["--no_such_flag"], ["--no_such_flag"]),
+        (["--patience", "-1"], ["--patience", "-1 is out of range; give 0 or more"]),
+        (["--patience", "1.5"], ["--patience", "invalid int value: '1.5'"]),
     ],
 )
 def test_bad_option_is_refused_and_nothing_is_written(refused, tmp_path, arguments, words):

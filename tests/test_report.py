@@ -41,7 +41,7 @@ def write_run(folder, *, mious=(0.5,), class_names=CLASSES, matrix=MATRIX, ious=
     }
     (folder / "options.json").write_text(json.dumps(defaults | options))
     rows = [
-        [n, 10 * n, 1 / n, 0.01, *(miou + more for more in (0.3, 0.2, 0.1, 0)), 20, 5, 1000 + n]
+        [n, 10 * n, 1 / n, 0.01, *(miou + more for more in (0.3, 0.2, 0.1, 0)), 20, 5, 1000 + n, 1 / n]
         for n, miou in enumerate(mious, 1)
     ]
     counts = np.array(matrix)
@@ -558,6 +558,13 @@ def test_unusable_run_is_refused_by_its_file_and_nothing_is_written(make, tmp_pa
         make(*runs)
     assert all(word in str(error.value) for word in words), error.value
     assert not (tmp_path / "out").exists()
+
+
+def test_a_history_from_before_the_validation_loss_is_read(make, tmp_path):
+    run = write_run(tmp_path / "a", mious=[0.1, 0.2])
+    lines = (run / "history.csv").read_text().splitlines()
+    (run / "history.csv").write_text("".join(f"{line.rpartition(',')[0]}\n" for line in lines))
+    assert set(make(run).table("summary")) == {"a"}
 
 
 def test_run_given_twice_is_refused_but_two_runs_of_the_same_name_are_distinguished(make, tmp_path):

@@ -331,3 +331,93 @@ def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
         assert stop.requested()
     finally:
         stop.close()
+
+
+# --- --patience ---
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """`scored(0.3, 0.5, ...)`: the coming validations have these mIoUs."""
+
+    def script(*mious):
+        coming = iter(mious)
+
+        def evaluate(*_, stop, **__):
+            if stop.received:
+                return torch.zeros(4, 4)  # incomplete, as that of a real one
+            # A share q of each class is right, and the rest is taken for one other class: its IoU is q / (2 - q).
+            q = 2 * (miou := next(coming)) / (1 + miou)
+            return (1000 * (q * torch.eye(4) + (1 - q) * torch.eye(4).roll(1, 0))).round().long()
+
+        monkeypatch.setattr(main, "evaluate", evaluate)
+
+    return script
+
+
+def iterations(path):
+    return [int(row["itr"]) for row in history(path)]
+
+
+PATIENT = ["--total_itrs", 9, "--val_interval", 1, "--patience"]
+
+
+def test_a_run_ends_after_as_many_validations_without_a_better_miou(start, scored, tmp_path):
+    scored(0.3, 0.5, 0.4, 0.5)  # an equal one is not better
+    scores, out = start("a", *PATIENT, 2)  # it returns: exit code 0
+    assert iterations(tmp_path / "a") == [1, 2, 3, 4]
+    assert "--patience 2: stops after 2 iterations without a better mIoU" in out
+    *_, why, last, best = out.splitlines()
+    assert why == "--patience 2: ended after 2 validations without a better mIoU"
+    assert last == f"last score and itr: {scores['Mean IoU']:.6f} 4" and best.endswith(" 2")
+    assert load_checkpoint(tmp_path / "a/latest.pth")["cur_itrs"] == 4
+
+
+def test_the_log_says_patience_in_iterations(start, tmp_path):
+    _, out = start("a", "--total_itrs", 1, "--val_interval", 360, "--patience", 5)
+    assert "--patience 5: stops after 1,800 iterations without a better mIoU" in out and "ended after" not in out
+
+
+def test_without_patience_a_run_goes_to_its_end(start, scored, tmp_path):
+    scored(0.5, *[0.1] * 8)
+    _, out = start("a", *PATIENT, 0)
+    assert iterations(tmp_path / "a") == list(range(1, 10)) and "--patience" not in out
+
+
+@pytest.mark.parametrize("stopped_at", [2, 3, 4])
+def test_a_resume_in_between_ends_at_the_same_validation(start, scored, tmp_path, monkeypatch, stopped_at):
+    scored(0.3, 0.5, 0.4, 0.2)
+    with monkeypatch.context() as patch:
+        signal_at(patch, "forward_backward", stopped_at, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            start("a", *PATIENT, 2)
+    itr = load_checkpoint(tmp_path / "a/latest.pth")["cur_itrs"]
+    _, out = start("a", *PATIENT, 2, "--continue_training")
+    assert itr == stopped_at and "ended after 2 validations" in out
+    assert iterations(tmp_path / "a") == [1, 2, 3, 4]
+
+
+def test_a_run_that_patience_ended_is_finished_until_the_patience_is_greater(start, scored, tmp_path):
+    scored(0.5, 0.4, 0.3)
+    scores, _ = start("a", *PATIENT, 2)
+    before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    again, out = start("a", *PATIENT, 2, "--continue_training")
+    assert same(again, scores)
+    assert "finished: 3 iterations are done, 2 validations brought no better mIoU, --patience is 2" in out
+    assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    scored(0.6, 0.1, 0.1, 0.1)
+    start("a", *PATIENT, 3, "--continue_training")
+    assert iterations(tmp_path / "a") == list(range(1, 8))
+
+
+def test_validations_of_the_warm_up_do_not_count(start, scored, tmp_path):
+    scored(0.5, 0.4, 0.3, 0.2, 0.1)
+    start("a", *PATIENT, 2, "--warmup_itrs", 3)
+    assert iterations(tmp_path / "a") == [1, 2, 3, 4, 5]
+
+
+def test_another_runs_patience_is_not_taken_over(start, scored, tmp_path):
+    scored(0.5, 0.4, 0.3, 0.2, 0.1, 0.1)
+    start("a", *PATIENT, 2)
+    start("b", *PATIENT, 2, "--continue_training", "--ckpt", tmp_path / "a/latest.pth")
+    assert iterations(tmp_path / "b") == [4, 5, 6]

@@ -1,8 +1,9 @@
 """Tests the dashboard against a real visdom server, and against every way in which a server can fail."""
 
 import base64
+import csv
+import errno
 import http.server
-import inspect
 import io
 import json
 import logging
@@ -22,11 +23,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, TENSORS, EventAccumulator
 
 import main
 from tests.conftest import TINY
 from utils import visualizer
-from utils.visualizer import SilentVisualizer, Visualizer, build_visualizer
+from utils.visualizer import TensorBoard, Visualizer
 
 ROOT = Path(__file__).parents[1]
 # visdom imports torch if it finds it; without torch a process starts in a fraction of the time.
@@ -110,7 +112,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 @pytest.fixture
 def build(port: int, request: pytest.FixtureRequest) -> Callable[[], Visualizer]:
     """Builds a dashboard on the healthy server, in an environment named after the test."""
-    return lambda: build_visualizer(True, port=port, env=request.node.name)
+    return lambda: Visualizer(port, request.node.name)
 
 
 @pytest.fixture
@@ -240,7 +242,7 @@ def test_a_batch_of_images_is_accepted_too(build, windows):
 def test_close_saves_for_a_restart_of_the_server_and_ends_the_thread(tmp_path, warnings):
     port = free_port()
     with visdom_server(tmp_path, port):
-        board = build_visualizer(True, port=port, env="kept")
+        board = Visualizer(port, "kept")
         board.curve("loss", [1, 2], [0.5, 0.25], name="loss")
         board.close()
         board.curve("loss", 3, 0.125, name="loss")
@@ -336,7 +338,7 @@ KINDS = ["missing", "hanging", "dripping", "stopped", "full", "500", "403", "404
 def test_a_server_that_fails_costs_a_second_and_one_warning(kind, tmp_path, warnings, capfd):
     with failing_server(kind, tmp_path) as port:
         start = time.monotonic()
-        board = build_visualizer(True, port=port, env="main")
+        board = Visualizer(port, "main")
         for itr in range(1000):
             board.curve("loss", itr, 0.5, name="loss")
         board.table("IoU", [("cat", 0.5)])
@@ -360,7 +362,7 @@ def test_a_server_that_fails_costs_a_second_and_one_warning(kind, tmp_path, warn
 )
 def test_the_warning_comes_during_training_and_says_why(kind, reason, tmp_path, warnings, hurried):
     with failing_server(kind, tmp_path) as port:
-        board = build_visualizer(True, port=port, env="main")
+        board = Visualizer(port, "main")
 
         def warned() -> bool:
             board.curve("loss", 1, 0.5, name="loss")
@@ -377,7 +379,7 @@ def test_the_warning_comes_during_training_and_says_why(kind, reason, tmp_path, 
 def test_a_server_killed_during_training_costs_one_warning(tmp_path, warnings, capfd, hurried):
     port, waited = free_port(), 0.0
     with visdom_server(tmp_path, port) as process:
-        board = build_visualizer(True, port=port, env="main")
+        board = Visualizer(port, "main")
         board.curve("loss", 0, 0.5, name="loss")
         wait_until(lambda: "loss" in read_windows(port, "main"))
         process.kill()
@@ -397,7 +399,7 @@ def test_a_server_killed_during_training_costs_one_warning(tmp_path, warnings, c
 
 def test_a_server_that_fails_twice_is_tried_again_and_nothing_is_lost(warnings, hurried):
     with answering(iter([500, 500, *[200] * 9])) as (port, bodies):
-        board = build_visualizer(True, port=port, env="main")
+        board = Visualizer(port, "main")
         board.curve("loss", [1, 2], [0.5, 0.25], name="loss")
         wait_until(lambda: len(bodies) == 3)
         board.close()
@@ -409,7 +411,7 @@ def test_a_server_that_fails_twice_is_tried_again_and_nothing_is_lost(warnings, 
 
 def test_unsent_images_give_way_to_newer_ones(held, warnings):
     with answering(always(200)) as (port, bodies):
-        board = build_visualizer(True, port=port, env="main")
+        board = Visualizer(port, "main")
         for step in range(5):
             board.images("sample", np.zeros((1, 3, 8, 8), np.uint8), [f"step {step}"])
         held.set()
@@ -427,7 +429,7 @@ def slowly() -> Iterator[int]:
 def test_close_waits_for_a_server_that_answers_slowly(warnings, monkeypatch):
     monkeypatch.setattr(visualizer, "GRACE_SECONDS", 0.3)
     with answering(slowly()) as (port, bodies):
-        board = build_visualizer(True, port=port, env="main")
+        board = Visualizer(port, "main")
         for number in range(6):
             board.curve(f"loss {number}", 1, 0.5, name="loss")
         board.close()
@@ -437,7 +439,7 @@ def test_close_waits_for_a_server_that_answers_slowly(warnings, monkeypatch):
 def test_close_does_not_wait_forever_for_a_server_that_answers_slowly(warnings, monkeypatch):
     monkeypatch.setattr(visualizer, "FLUSH_SECONDS", 0.5)
     with answering(slowly()) as (port, _):
-        board = build_visualizer(True, port=port, env="main")
+        board = Visualizer(port, "main")
         for number in range(20):
             board.curve(f"loss {number}", 1, 0.5, name="loss")
         start = time.monotonic()
@@ -462,9 +464,9 @@ def test_a_slow_import_of_visdom_is_not_mistaken_for_a_silent_server(build, wind
 def test_a_process_ends_whatever_its_server_does(kind, closing, expected, tmp_path):
     code = f"""{NO_TORCH}
 import logging, time
-from utils.visualizer import build_visualizer
+from utils.visualizer import Visualizer
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
-board = build_visualizer(True, port=int(sys.argv[1]), env="main")
+board = Visualizer(int(sys.argv[1]), "main")
 board.curve("loss", 1, 0.5, name="loss")
 time.sleep(0.7)  # into the middle of a request
 {closing}
@@ -481,7 +483,7 @@ print("trained")
 
 def test_without_visdom_there_is_one_warning(monkeypatch, warnings):
     monkeypatch.setitem(sys.modules, "visdom", None)
-    board = build_visualizer(True, port=free_port(), env="main")
+    board = Visualizer(free_port(), "main")
     board.curve("loss", 1, 0.5, name="loss")
     board.close()
     assert len(warnings) == 1 and "pip install visdom" in warnings[0]
@@ -504,26 +506,22 @@ def test_unusable_values_are_refused_at_once(draw, message, build):
     board.close()
 
 
-def test_the_stand_in_does_nothing_and_leaves_visdom_alone():
+def test_without_a_flag_there_is_no_dashboard_and_nothing_is_imported():
     code = """
 import sys, threading
-from utils.visualizer import build_visualizer
-board = build_visualizer(False, port=1, env="main")
-board.curve("loss", 1, 0.5, name="loss")
-board.table("IoU", [("cat", 0.5)], header=("class", "IoU"))
-board.images("sample", [], [])
+from argparse import Namespace
+from pathlib import Path
+from utils.visualizer import open_dashboards
+board = open_dashboards(Namespace(enable_vis=False, tensorboard=False), Path("tb"), resumed_at=0)
+board.start({}, [])
+board.step(1, 0.5, 0.1)
+board.validation({}, [], [], {})
 board.close()
-print("visdom" in sys.modules, "requests" in sys.modules, threading.active_count())
+print({"visdom", "requests", "torch", "tensorboard"} & sys.modules.keys(), threading.active_count())
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert (process.stdout, process.stderr) == ("False False 1\n", "")
-
-
-def test_the_stand_in_has_every_method():
-    methods = {name for name, _ in inspect.getmembers(Visualizer, inspect.isfunction) if name[0] != "_"}
-    assert methods == {"start", "step", "validation", "curve", "table", "images", "close"}
-    assert all(callable(getattr(SilentVisualizer, name)) for name in methods)
+    assert (process.stdout, process.stderr) == ("set() 1\n", "")
 
 
 def test_a_resumed_run_shows_everything_from_the_start(folder: Path, tmp_path: Path, port: int) -> None:
@@ -536,7 +534,8 @@ def test_a_resumed_run_shows_everything_from_the_start(folder: Path, tmp_path: P
     assert set(lines) == {"Mean IoU", "Overall Acc", "Mean Acc", "FreqW Acc"}
     assert lines["Mean IoU"]["x"] == [2, 4]
     losses = {line["name"]: line["x"] for line in shown["loss"]["content"]["data"]}
-    assert losses == {"mean since the last validation": [2, 4], "training": [3, 4]}
+    means = {"mean since the last validation": [2, 4], "validation cross-entropy": [2, 4]}
+    assert losses == {"training": [3, 4]} | means
     assert "car" in shown["class IoU"]["content"] and "total_itrs" in shown["options"]["content"]
     assert {"sample 1", "sample 2", "learning rate"} <= shown.keys() and "sample 3" not in shown
 
@@ -549,3 +548,89 @@ def test_training_without_a_server_warns_once_and_gives_the_same_scores(folder: 
     out = capsys.readouterr().out
     assert scores == plain
     assert out.count("the dashboard is off") == 1
+
+
+# --- TensorBoard ---
+
+
+@pytest.fixture
+def tb(folder: Path, tmp_path: Path) -> Callable[..., EventAccumulator]:
+    """Trains the run `a` with --tensorboard; returns what TensorBoard shows of it."""
+
+    def train(*arguments: object) -> EventAccumulator:
+        data = ["--dataset", "folder", "--data_root", str(folder), "--run_dir", str(tmp_path), "--run_name", "a"]
+        main.main([*data, *TINY, "--tensorboard", "--vis_num_samples", "2", *map(str, arguments)])
+        events = EventAccumulator(str(tmp_path / "a/tb"), size_guidance={TENSORS: 0, SCALARS: 0, IMAGES: 0})
+        return events.Reload()
+
+    return train
+
+
+def text(events: EventAccumulator, tag: str) -> list[str]:
+    return [event.tensor_proto.string_val[0].decode() for event in events.Tensors(f"{tag}/text_summary")]
+
+
+def test_tensorboard_shows_curves_tables_and_strips(tb, tmp_path):
+    events = tb("--total_itrs", 4)
+    validations = {"loss/mean_since_the_last_validation", "loss/validation_cross-entropy"}
+    validations |= {f"validation/{name}" for name in ("Overall_Acc", "Mean_Acc", "FreqW_Acc", "Mean_IoU")}
+    steps = {"loss/training", "learning_rate/head"}
+    assert set(events.Tags()["scalars"]) == validations | steps
+    for tags, expected in ((steps, [1, 2, 3, 4]), (validations, [2, 4])):
+        assert all([event.step for event in events.Scalars(tag)] == expected for tag in tags)
+    with (tmp_path / "a/history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for tag, column in (("validation/Mean_IoU", "mean_iou"), ("loss/validation_cross-entropy", "val_loss")):
+        shown = [event.value for event in events.Scalars(tag)]
+        assert shown == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
+    (options,), tables = text(events, "options"), text(events, "class IoU")
+    assert options.startswith("| option | value |\n| --- | --- |\n") and "| total_itrs | 4 |" in options
+    assert len(tables) == 2 and all(f"\n| {name} | " in tables[-1] for name in ("sky", "road", "tree", "car"))
+    assert set(events.Tags()["images"]) == {"sample/b1", "sample/b2"}
+    image = events.Images("sample/b2")[-1]
+    strip = Image.open(io.BytesIO(image.encoded_image_string))
+    assert (image.step, strip.size, strip.mode) == (4, (3 * 40, 52), "RGB")
+
+
+def test_tensorboard_hides_what_a_resumed_run_does_again(tb, tmp_path, monkeypatch):
+    tb("--total_itrs", 2)
+    latest = (tmp_path / "a/latest.pth").read_bytes()
+    tb("--total_itrs", 6, "--continue_training")
+    (tmp_path / "a/latest.pth").write_bytes(latest)
+    events = tb("--total_itrs", 4, "--continue_training", "--lr", 0.01)
+    assert [event.step for event in events.Scalars("loss/training")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("validation/Mean_IoU")] == [2, 4]
+    assert [event.value for event in events.Scalars("learning_rate/head")] == pytest.approx([0.05] * 2 + [0.01] * 2)
+
+
+def test_tensorboard_escapes_what_would_end_a_cell(tmp_path):
+    board = TensorBoard(tmp_path, resumed_at=0)
+    board.table("class IoU", [("<b>cat</b> | dog", 0.93125)], header=("class", "IoU"))
+    board.close()
+    (table,) = text(EventAccumulator(str(tmp_path)).Reload(), "class IoU")
+    assert table.splitlines()[2] == "| &lt;b&gt;cat&lt;/b&gt; &#124; dog | 0.9313 |"
+
+
+def test_without_tensorboard_one_line_names_the_package_and_nothing_is_written(tb, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit) as stop:
+        tb("--total_itrs", 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "--tensorboard: " in line and line.endswith("pip install tensorboard")
+    assert not (tmp_path / "a").exists()
+
+
+def test_event_files_that_cannot_be_written_cost_one_warning(tb, monkeypatch, warnings):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    tb("--total_itrs", 4)
+    assert len(warnings) == 1 and "a/tb: cannot be written (No space left on device)" in warnings[0]
+
+
+def test_both_dashboards_show_a_run(tb, port):
+    events = tb("--total_itrs", 2, "--enable_vis", "--vis_port", port, "--vis_env", "both")
+    shown = read_windows(port, "both")
+    assert traces(shown["loss"])["training"][0] == [event.step for event in events.Scalars("loss/training")] == [1, 2]
+    assert "sample 2" in shown and "sample/b2" in events.Tags()["images"]

@@ -33,13 +33,16 @@ class TrainingState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     itrs_per_epoch: int = 1
+    warmup_itrs: int = 0  # --patience does not count validations up to there
     itr: int = 0  # iterations done
     validated_itr: int = 0  # the iteration of the last complete validation
     best_score: float = -1.0  # below any mIoU, so the first one is the best so far
     best_itr: int = 0
+    since_best: int = 0  # validations without a better mIoU, for --patience
     scores: dict | None = None  # of the last validation
     losses: RunningMean = field(default_factory=RunningMean)  # since the last validation
     loss: float = math.nan  # their mean at the last validation
+    val_loss: float = math.nan  # the validation cross-entropy, whatever the training loss
     lr: float = 0.0  # the head's, as used in the last iteration
     clock: float = field(default_factory=time.perf_counter)  # when training since the last validation began
 
@@ -53,18 +56,23 @@ class TrainingState:
         self.itr, self.lr = self.itr + 1, lr
         self.losses.add(loss)
 
-    def add_validation(self, scores: dict) -> bool:
+    def add_validation(self, scores: dict, *, val_loss: float) -> bool:
         """Records the scores of the current model; returns whether its mIoU is the best so far."""
-        self.validated_itr, self.scores, self.loss = self.itr, scores, self.losses.pop()
+        self.validated_itr, self.scores = self.itr, scores
+        self.loss, self.val_loss = self.losses.pop(), val_loss
         is_best = scores["Mean IoU"] > self.best_score
         if is_best:
             self.best_score, self.best_itr = scores["Mean IoU"], self.itr
+        self.since_best = 0 if is_best or self.itr <= self.warmup_itrs else self.since_best + 1
         return is_best
 
-    def summary(self) -> str:
-        """Returns the last and the best score as two lines."""
-        last = f"last score and itr: {self.scores['Mean IoU']:.6f} {self.itr}"
-        return f"{last}\nbest score and itr: {self.best_score:.6f} {self.best_itr}"
+    def summary(self, patience: int) -> str:
+        """Returns the last and the best score as two lines, and before them one if `--patience` ended the run."""
+        lines = []
+        if out_of_patience(patience, self.since_best):
+            lines = [f"--patience {patience}: ended after {self.since_best} validations without a better mIoU"]
+        lines += [f"last score and itr: {self.scores['Mean IoU']:.6f} {self.itr}"]
+        return "\n".join([*lines, f"best score and itr: {self.best_score:.6f} {self.best_itr}"])
 
     def save(
         self, path: Path, *, opts: argparse.Namespace, dataset: SegmentationDataset, keep_previous: bool
@@ -89,6 +97,7 @@ class TrainingState:
             "cur_itrs": self.itr,
             "best_score": self.best_score,
             "best_itr": self.best_itr,
+            "since_best": self.since_best,
             "scores": self.scores,
             "progress": {
                 "validated_itr": self.validated_itr,
@@ -124,6 +133,7 @@ class TrainingState:
             self.scaler.load_state_dict(checkpoint["scaler_state"])
         self.itr, self.scores = checkpoint["cur_itrs"], checkpoint["scores"]
         self.best_score, self.best_itr = checkpoint["best_score"], checkpoint["best_itr"]
+        self.since_best = checkpoint.get("since_best", 0)  # older checkpoints have not counted
         # The oldest checkpoints lack "progress".
         progress = checkpoint.get("progress", {"loss_sum": 0.0, "loss_count": 0, "lr": 0.0})
         self.losses.total = torch.tensor(progress["loss_sum"], device=next(self.model.parameters()).device)
@@ -131,6 +141,11 @@ class TrainingState:
         self.clock -= progress.get("seconds", 0.0)
         self.validated_itr = validated_itr(checkpoint)
         log.info(f"Training state restored from {path}")
+
+
+def out_of_patience(patience: int, since_best: int) -> bool:
+    """Whether `--patience` ends a run after this many validations without a better mIoU; 0 never does."""
+    return 0 < patience <= since_best
 
 
 def validated_itr(checkpoint: dict) -> int:

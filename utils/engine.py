@@ -19,6 +19,7 @@ from network.fast import fold_batchnorm
 from utils.cli import is_out_of_memory
 from utils.distributed import all_sum, broadcast_buffers, is_main, local_rank, rank, world_size
 from utils.errors import InputError
+from utils.loss import summed_cross_entropy
 from utils.metrics import ConfusionMatrix
 from utils.signals import StopSignals
 
@@ -175,9 +176,19 @@ def parse_tta(text: str) -> Tta:
 
 @torch.inference_mode()
 def predict(
-    model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None, *, tta: Tta | None = None
+    model: DeepLab,
+    images: torch.Tensor,
+    amp: torch.dtype | None = None,
+    *,
+    tta: Tta | None = None,
+    masks: torch.Tensor | None = None,
+    loss_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Predicts class ids, uint8 `[B, H, W]`, for uint8 RGB `[B, 3, H, W]` with a model in evaluation mode."""
+    """Predicts class ids, uint8 `[B, H, W]`, for uint8 RGB `[B, 3, H, W]` with a model in evaluation mode.
+
+    With `loss_sum`, a float32 scalar on the device, it adds the `summed_cross_entropy` of `masks` to it; not with
+    `tta`, which has no logits.
+    """
     if tta is None or tta == Tta():
         # The logits themselves, because close ones tie in the softmax.
         with autocast(images.device, amp):
@@ -185,18 +196,28 @@ def predict(
     else:
         scores = tta_probabilities(model, images, amp, tta=tta)  # [B, C, H, W]
     # On the CPU max is many times faster than argmax.
-    return scores.max(dim=1).indices.to(torch.uint8)  # [B, H, W]
+    predictions = scores.max(dim=1).indices.to(torch.uint8)  # [B, H, W]
+    # Last, so that a batch that does not fit the memory adds nothing.
+    if loss_sum is not None:
+        loss_sum += summed_cross_entropy(scores, masks)
+    return predictions
 
 
 def predict_in_parts(
-    model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None, *, tta: Tta | None = None
+    model: DeepLab,
+    images: torch.Tensor,
+    amp: torch.dtype | None = None,
+    *,
+    tta: Tta | None = None,
+    masks: torch.Tensor | None = None,
+    loss_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Predicts like `predict`, and halves the batch as often as the memory requires.
 
     Raises InputError if one image does not fit.
     """
     try:
-        return predict(model, images, amp, tta=tta)
+        return predict(model, images, amp, tta=tta, masks=masks, loss_sum=loss_sum)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -207,7 +228,8 @@ def predict_in_parts(
                 "--device cpu"
             ) from None
     # Outside the handler, because the memory of the failed attempt is only freed now.
-    return torch.cat([predict_in_parts(model, part, amp, tta=tta) for part in images.chunk(2)])
+    parts = zip(images.chunk(2), [None, None] if masks is None else masks.chunk(2), strict=True)
+    return torch.cat([predict_in_parts(model, x, amp, tta=tta, masks=y, loss_sum=loss_sum) for x, y in parts])
 
 
 @torch.inference_mode()
@@ -244,12 +266,14 @@ def evaluate(
     tta: Tta | None = None,
     on_batch: Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
     stop: StopSignals | None = None,
+    loss_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Evaluates a model; returns the confusion matrix, int64 `[C, C]` (rows = target), summed over the processes.
 
     loader: batches of images and masks, uint8, as `SameSizeBatches` composes them. `on_batch(indices, images, masks,
     predictions)` receives each batch: indices into the data set, uint8 RGB `[B, 3, H, W]` and uint8 class ids
     `[B, H, W]` twice, on the model's device. After a signal to any process (`stop`) the matrix is incomplete.
+    `loss_sum`, a float32 zero on that device, becomes the sum of the cross-entropy over the pixels in the matrix.
     """
     # The main process saves its own batch-norm statistics, so those are evaluated.
     broadcast_buffers(model)
@@ -265,11 +289,13 @@ def evaluate(
             if stop is not None and stop.received:
                 break
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-            predictions = predict_in_parts(model, images, amp, tta=tta)
+            predictions = predict_in_parts(model, images, amp, tta=tta, masks=masks, loss_sum=loss_sum)
             confusion.update(masks, predictions)
             if on_batch is not None:
                 on_batch(indices, images, masks, predictions)
             # Not after every batch, because each look waits for the device.
             if done % 10 == 0 and not bar.disable:
                 bar.set_postfix_str(f"mIoU={confusion.compute()['Mean IoU']:.4f}", refresh=False)
+    if loss_sum is not None:
+        all_sum(loss_sum)
     return all_sum(confusion.matrix())

@@ -31,6 +31,18 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor, *, weights: torch.
     return _mean(_pixel_cross_entropy(logits, target), target, weights=weights, counted=target != IGNORE_INDEX)
 
 
+def summed_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Sums -log p of the target class over the valid pixels, without weights: what an evaluation adds up.
+
+    logits: float32 `[B, C, H, W]`. target: class ids `[B, H, W]`. Returns a scalar on their device.
+    """
+    # Pixels first, because that is how logits lie in memory when a CPU evaluates. One image at a time, because the
+    # intermediate result is as large as the logits. Both together are 7 times as fast there as a single call.
+    pairs = zip(logits.flatten(2).mT, target.flatten(1).long(), strict=True)  # [H * W, C] and [H * W], B times
+    losses = [F.cross_entropy(x, y, ignore_index=IGNORE_INDEX, reduction="none").sum() for x, y in pairs]
+    return torch.stack(losses).sum()
+
+
 def focal_loss(
     logits: torch.Tensor, target: torch.Tensor, *, gamma: float = 2.0, weights: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -18,7 +18,7 @@ from utils.weights.load import MODEL_DEFAULTS
 TEST_FLAGS = {"tta": None, "eval_output_stride": None, "crop_val": False, "against": None}  # with their defaults
 # Flags that may differ between two starts of a run without changing what it computes.
 START_FLAGS = {"continue_training", "test_only", "ckpt", "download", "run_name", "run_dir", "num_workers"}
-START_FLAGS |= {"print_interval", "enable_vis", "vis_port", "vis_env", "vis_num_samples"}
+START_FLAGS |= {"print_interval", "enable_vis", "vis_port", "vis_env", "vis_num_samples", "tensorboard"}
 START_FLAGS |= {"allow_absent"}
 START_FLAGS |= {"backbone_weights", "init_from"}
 
@@ -55,6 +55,11 @@ def check_options(opts: argparse.Namespace, *, processes: int = 1) -> None:
         raise InputError(
             f"--class_weights {opts.class_weights}: lovasz_softmax already weights all classes equally; use none"
         )
+    if opts.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401  # only to see that it works
+        except ImportError as error:
+            raise InputError(f"--tensorboard: needs a package ({error}); pip install tensorboard") from None
     for name, default in TEST_FLAGS.items():
         if getattr(opts, name) != default and not opts.test_only:
             raise InputError(f"--{name}: works with --test_only alone, not in training; leave it out")
@@ -167,6 +172,8 @@ def get_parser() -> argparse.ArgumentParser:
     text = "counted from the training masks; not with lovasz_softmax"
     add("--class_weights", choices=["none", *CLASS_WEIGHTS], default="none", help=text)
     add("--val_interval", metavar="N", type=number(int, 0), default=0, help="iterations per validation; 0: one epoch")
+    text = "stop after N validations without a better mIoU; 0: never"
+    add("--patience", metavar="N", type=number(int, 0), default=0, help=text)
     add("--val_batch_size", metavar="N", type=count, default=8, help="images of one size per validation batch")
     add("--print_interval", metavar="N", type=count, default=10, help="iterations between loss lines")
     text = "seed of weights, order and augmentation"
@@ -197,6 +204,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("dashboard").add_argument
     add("--enable_vis", action="store_true", help="send curves to a visdom server")
+    add("--tensorboard", action="store_true", help="write them to runs/NAME/tb for tensorboard --logdir runs")
     add("--vis_port", metavar="N", type=number(int, 1, 65535), default=8097, help="port of the server")
     add("--vis_env", metavar="NAME", default="main", help="visdom environment")
     text = "strips of image | ground truth | prediction"

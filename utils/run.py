@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from datasets.voc import SegmentationDataset
-from utils.checkpoint import TrainingState, load_newest, previous_of, validated_itr
+from utils.checkpoint import TrainingState, load_newest, out_of_patience, previous_of, validated_itr
 from utils.distributed import is_lost_process, job_id, restarted
 from utils.engine import parse_tta
 from utils.environment import command, environment, model_cost, peak_memory_mb
@@ -28,6 +28,8 @@ from utils.options import option_differences
 from utils.weights.load import MODEL_DEFAULTS, load_checkpoint, options_of_init, resolve_model
 
 HISTORY = "epoch itr loss lr overall_acc mean_acc freqw_acc mean_iou train_seconds val_seconds peak_memory_mb".split()
+LATER = ("val_loss",)  # columns that the histories of older versions lack
+HISTORY.extend(LATER)
 CHECKPOINTS = ("latest.pth", "latest.prev.pth", "best.pth")
 TABLES = ["options.json", "history.csv", "class_iou.csv", "confusion_matrix.csv", "curves.png"]
 TABLES += ["card.json", "images.csv", "counts.npz"]
@@ -190,7 +192,8 @@ class Run:
             return []
         try:
             with path.open(newline="", encoding="utf-8") as file:
-                return [{name: float(row[name]) for name in HISTORY} for row in csv.DictReader(file)]
+                absent = dict.fromkeys(LATER, "nan")
+                return [{name: float((absent | row)[name]) for name in HISTORY} for row in csv.DictReader(file)]
         except (ValueError, TypeError, KeyError, csv.Error):
             raise InputError(f"{path}: not a history that main.py wrote; restore it or remove it") from None
 
@@ -202,10 +205,11 @@ class Run:
         trained: when training since the previous row ended, by `time.perf_counter`.
         """
         self.write_scores(state.scores, matrix, class_names)
+        log.info(f"validation cross-entropy: {state.val_loss:.6f}")
         row = {"epoch": state.epoch, "itr": state.itr, "loss": state.loss, "lr": state.lr}
         row |= {column: state.scores[name] for column, name in SCORE_COLUMNS.items()}
         row |= {"train_seconds": trained - state.clock, "val_seconds": time.perf_counter() - trained}
-        row |= {"peak_memory_mb": peak_memory_mb(state.model.device)}
+        row |= {"peak_memory_mb": peak_memory_mb(state.model.device), "val_loss": state.val_loss}
         rows = [*self.history(), row]
         self._write_history(rows)
         if state.best_itr == state.itr:
@@ -296,7 +300,8 @@ def _open_training(opts: argparse.Namespace, run: Run, checkpoint: dict | None) 
             log.info(f"{own} exists: resuming from it, not from {opts.ckpt}")
         opts.ckpt, checkpoint, run.kept = str(newest), loaded, (newest, loaded["cur_itrs"])
     elif opts.continue_training and checkpoint:
-        checkpoint |= {"best_score": -1.0, "best_itr": 0}  # the best model of another run is not in this one
+        # The best model of another run is not in this one.
+        checkpoint |= {"best_score": -1.0, "best_itr": 0, "since_best": 0}
     elif opts.continue_training:
         known = sorted(path.parent.name for path in run.folder.parent.glob("*/latest.pth"))
         others = f" (existing runs: {', '.join(known[:10])})" if known else ""
@@ -331,11 +336,15 @@ def finished_scores(opts: argparse.Namespace, checkpoint: dict | None) -> dict |
     """Returns the scores of a run that `--continue_training` finds finished, and logs them; None for any other."""
     if not opts.continue_training or checkpoint is None:
         return None
-    itr = checkpoint["cur_itrs"]
-    if itr < opts.total_itrs or itr > validated_itr(checkpoint):
+    itr, since_best = checkpoint["cur_itrs"], checkpoint.get("since_best", 0)
+    ended = out_of_patience(opts.patience, since_best)
+    if itr > validated_itr(checkpoint) or not (itr >= opts.total_itrs or ended):
         return None
     scores = checkpoint["scores"]
-    log.info(f"finished: {itr} iterations are done, --total_itrs is {opts.total_itrs}")
+    reason = f"--total_itrs is {opts.total_itrs}"
+    if ended:
+        reason = f"{since_best} validations brought no better mIoU, --patience is {opts.patience}"
+    log.info(f"finished: {itr} iterations are done, {reason}")
     log.info("\n".join([*format_scores(scores), *format_class_table(scores, checkpoint["class_names"])]))
     log.info(f"last score and itr: {scores['Mean IoU']:.6f} {itr}")
     log.info(f"best score and itr: {checkpoint['best_score']:.6f} {checkpoint['best_itr']}")

@@ -1,12 +1,15 @@
-"""Shows a training run live: curves, tables and images on a visdom server, or a silent stand-in.
+"""Shows a training run live: curves, tables and images, on a visdom server or in TensorBoard.
 
     python -m visdom.server -port 8097 -bind_local  # first, in another terminal; see docs/dashboard.md
     python main.py --enable_vis --vis_port 8097 --vis_env main
 
-A dashboard must never delay training, let alone end it. So no method here talks to the server: each one hands the
-newest state of its window to a daemon thread, which sends what has changed. If the server does not accept it, the
-thread gives up for good, with one warning. (visdom by itself waits forever for a server that hangs, and prints a
-traceback for every call to a server that is gone.)
+    python main.py --tensorboard
+    tensorboard --logdir runs
+
+A dashboard must never delay training, let alone end it. So no method of `Visualizer` talks to the server: each one
+hands the newest state of its window to a daemon thread, which sends what has changed. If the server does not accept
+it, the thread gives up for good, with one warning. (visdom by itself waits forever for a server that hangs, and
+prints a traceback for every call to a server that is gone.) TensorBoard needs no server: it reads files.
 """
 
 import html
@@ -14,12 +17,16 @@ import logging
 import math
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from utils.files import cannot_write
 
 SEND_SECONDS = 0.5  # pause between two sends; changes in the meantime go out together
 POST_SECONDS = 0.5  # time limit for one request; a healthy server takes milliseconds
@@ -30,34 +37,8 @@ IMAGE_WIDTH = 700  # pixels, at most, on the page; the image itself keeps its si
 log = logging.getLogger("deeplab")
 
 
-class SilentVisualizer:
-    """The stand-in without `--enable_vis`: it has every method of `Visualizer`, and each does nothing."""
-
-    def curve(self, *_: object, **__: object) -> None: ...
-
-    start = step = validation = table = images = close = curve
-
-
-class Visualizer:
-    """Draws into one visdom environment; a window is replaced as a whole whenever it changes.
-
-    A resumed run in the same environment therefore draws over its old windows. To keep its curves, it passes their
-    points again. Pass numbers, lists, arrays or CPU tensors; they are copied. Trouble with the server never raises:
-    it logs one warning, on the caller's thread.
-    """
-
-    def __init__(self, port: int, env: str) -> None:
-        self._warned = False
-        self._lines: dict[str, dict[str, list[tuple[float, float]]]] = {}  # by window, then by name
-        # By window, and only the newest: unsent images give way to newer ones, so nothing piles up.
-        self._pending: dict[str, Callable[[Any], object]] = {}
-        self._changed = threading.Condition()  # guards the two above
-        self._closing = False
-        self._trouble = ""  # why the dashboard was given up
-        self._answered = math.inf  # when the server last accepted something; infinity before the first request
-        # A daemon thread, so that a server that hangs cannot keep a finished training run from exiting.
-        self._thread = threading.Thread(target=self._run, args=(port, env), name="dashboard", daemon=True)
-        self._thread.start()
+class Dashboard:
+    """Turns a run into curves, tables and images; the classes below say where these go."""
 
     def start(self, options: dict[str, object], rows: Sequence[dict[str, float]]) -> None:
         """Shows the options of a run and, if it resumes, the rows of its history."""
@@ -88,6 +69,29 @@ class Visualizer:
         for column, name in SCORE_COLUMNS.items():
             self.curve("validation", itrs, [row[column] for row in rows], name=name)
         self.curve("loss", itrs, [row["loss"] for row in rows], name="mean since the last validation")
+        self.curve("loss", itrs, [row["val_loss"] for row in rows], name="validation cross-entropy")
+
+
+class Visualizer(Dashboard):
+    """Draws into one visdom environment; a window is replaced as a whole whenever it changes.
+
+    A resumed run in the same environment therefore draws over its old windows. To keep its curves, it passes their
+    points again. Pass numbers, lists, arrays or CPU tensors; they are copied. Trouble with the server never raises:
+    it logs one warning, on the caller's thread.
+    """
+
+    def __init__(self, port: int, env: str) -> None:
+        self._warned = False
+        self._lines: dict[str, dict[str, list[tuple[float, float]]]] = {}  # by window, then by name
+        # By window, and only the newest: unsent images give way to newer ones, so nothing piles up.
+        self._pending: dict[str, Callable[[Any], object]] = {}
+        self._changed = threading.Condition()  # guards the two above
+        self._closing = False
+        self._trouble = ""  # why the dashboard was given up
+        self._answered = math.inf  # when the server last accepted something; infinity before the first request
+        # A daemon thread, so that a server that hangs cannot keep a finished training run from exiting.
+        self._thread = threading.Thread(target=self._run, args=(port, env), name="dashboard", daemon=True)
+        self._thread.start()
 
     def curve(self, window: str, x: ArrayLike, y: ArrayLike, *, name: str) -> None:
         """Appends a point (two numbers) or several (two vectors) to the line `name`; x is the iteration.
@@ -215,9 +219,12 @@ def _thin(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _cell(tag: str, value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
     style = "border: 1px solid #ccc; padding: 2px 6px" + "; background: #eee" * (tag == "th")
-    return f'<{tag} style="{style}">{html.escape(text)}</{tag}>'
+    return f'<{tag} style="{style}">{_text(value)}</{tag}>'
+
+
+def _text(value: object) -> str:
+    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
 def _send_image(window: str, image: np.ndarray, caption: str, vis: Any) -> None:
@@ -257,9 +264,87 @@ def _connect(port: int, env: str) -> Any:
     return client
 
 
-def build_visualizer(enabled: bool, *, port: int, env: str) -> Visualizer | SilentVisualizer:
-    """Returns, without delay, the dashboard on the visdom server at 127.0.0.1:`port`, or the stand-in.
+class TensorBoard(Dashboard):
+    """Writes event files to a folder, for `tensorboard --logdir`. If that fails, it gives up with one warning.
 
-    If the dashboard is given up, it logs one warning. Call `close()` when training ends.
+    resumed_at: the iteration of the checkpoint that the run resumes from. Later events in older files are hidden.
     """
-    return Visualizer(port, env) if enabled else SilentVisualizer()
+
+    def __init__(self, folder: Path, *, resumed_at: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here, because only runs with --tensorboard need it
+
+        self._folder, self._itr, self._failed = folder, resumed_at, False
+        self._writer = SummaryWriter(folder, purge_step=resumed_at + 1)
+
+    def start(self, options: dict[str, object], rows: Sequence[dict[str, float]]) -> None:
+        """Writes the options of a run; the rows of its history are in the earlier files."""
+        super().start(options, [])
+
+    def validation(self, *arguments: Any) -> None:
+        """Does the same as `Dashboard.validation`, and writes everything to the disk."""
+        super().validation(*arguments)
+        self._try(self._writer.flush)
+
+    def curve(self, window: str, x: ArrayLike, y: ArrayLike, *, name: str) -> None:
+        """Appends points to the curve "`window`/`name`"; x is the iteration."""
+        for itr, value in zip(np.atleast_1d(x), np.atleast_1d(y), strict=True):
+            self._itr = int(itr)
+            self._try(self._writer.add_scalar, f"{window}/{name}".replace(" ", "_"), value, self._itr)
+
+    def table(self, window: str, rows: Iterable[Sequence[object]], *, header: Sequence[object] = ()) -> None:
+        """Writes a table in Markdown, for the iteration of the last point."""
+        lines = [[_text(cell).replace("|", "&#124;") for cell in row] for row in [header, *rows]]
+        lines.insert(1, ["---"] * len(header))
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        self._try(self._writer.add_text, window, text, self._itr)
+
+    def images(self, window: str, images: Sequence[ArrayLike], captions: Sequence[str]) -> None:
+        """Writes images, RGB uint8 `[3, H, W]`, for the iteration of the last point."""
+        for image, caption in zip(images, captions, strict=True):
+            self._try(self._writer.add_image, f"{window}/{caption}", np.asarray(image), self._itr)
+
+    def close(self) -> None:
+        """Writes what is left to the disk."""
+        self._try(self._writer.close)
+
+    def _try(self, write: Callable[..., object], *arguments: object) -> None:
+        try:
+            if not self._failed:
+                write(*arguments)
+        except OSError as error:
+            self._failed = True
+            log.warning(f"the dashboard is off, training is not affected: {cannot_write(self._folder, error)}")
+
+
+class Dashboards:
+    """Passes a run on to any number of dashboards; without one, every method does nothing."""
+
+    def __init__(self, *dashboards: Dashboard) -> None:
+        self._all = dashboards
+
+    def start(self, options: dict[str, object], rows: Sequence[dict[str, float]]) -> None:
+        for dashboard in self._all:
+            dashboard.start(options, rows)
+
+    def step(self, itr: int, loss: float, lr: float) -> None:
+        for dashboard in self._all:
+            dashboard.step(itr, loss, lr)
+
+    def validation(self, *arguments: Any) -> None:
+        for dashboard in self._all:
+            dashboard.validation(*arguments)
+
+    def close(self) -> None:
+        for dashboard in self._all:
+            dashboard.close()
+
+
+def open_dashboards(opts: Namespace, folder: Path, *, resumed_at: int) -> Dashboards:
+    """Opens the dashboards that the flags name, without delay; call `close()` when training ends.
+
+    folder, resumed_at: as for `TensorBoard`.
+    """
+    dashboards: list[Dashboard] = [Visualizer(opts.vis_port, opts.vis_env)] if opts.enable_vis else []
+    if opts.tensorboard:
+        dashboards.append(TensorBoard(folder, resumed_at=resumed_at))
+    return Dashboards(*dashboards)

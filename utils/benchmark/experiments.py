@@ -25,6 +25,7 @@ from pathlib import Path
 
 from datasets.loader import open_split
 from datasets.transforms import eval_transform
+from utils.checkpoint import out_of_patience
 from utils.cli import Parser, friendly_errors
 from utils.errors import InputError
 from utils.files import write_csv, write_text
@@ -58,8 +59,12 @@ class Experiment:
         return shlex.join(["python", "main.py", *self.arguments])
 
     def trained(self) -> bool:
-        """Whether the history reaches the last iteration."""
-        return any(row["itr"] >= self.opts.total_itrs for row in Run(self.folder).history())
+        """Whether the history reaches the last iteration, or where `--patience` has ended the run."""
+        rows = Run(self.folder).history()
+        best = max(rows, key=lambda row: row["mean_iou"], default={"itr": 0})
+        since_best = sum(row["itr"] > max(best["itr"], self.opts.warmup_itrs) for row in rows)
+        ended = out_of_patience(self.opts.patience, since_best)
+        return ended or any(row["itr"] >= self.opts.total_itrs for row in rows)
 
     def run(self, split: str) -> int:
         """Trains and tests as far as that is missing; returns the exit code of what failed, otherwise 0."""

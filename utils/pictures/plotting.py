@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import textwrap
 import unicodedata
 from collections.abc import Sequence
@@ -247,20 +248,25 @@ def error_map(image: torch.Tensor, target: torch.Tensor, prediction: torch.Tenso
 
 
 def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Draws mIoU (best marked), training loss and learning rate over the iterations, a line per run.
+    """Draws mIoU (best marked), both losses and learning rate over the iterations, a line per run.
 
-    histories: maps run names to the rows of `history.csv`.
+    histories: maps run names to the rows of `history.csv`; older ones have no validation loss.
     """
     figure = new_figure(13, 4.2 + 0.2 * len(histories))
-    panels = [("mean_iou", "validation mIoU"), ("loss", "training loss"), ("lr", "learning rate (head)")]
+    loss_title = "training loss (dots)\nvalidation cross-entropy (rings)"
+    panels = [("mean_iou", "validation mIoU"), ("loss", loss_title), ("lr", "learning rate (head)")]
     all_axes = figure.subplots(1, 3)
     for number, (name, rows) in enumerate(histories.items()):
         colour, style = f"C{number}", LINES[number % len(LINES)]
         best = max((row for row in rows if row["mean_iou"] == row["mean_iou"]), key=lambda row: row["mean_iou"])
         label = f"{name}: best {best['mean_iou']:.4f} at epoch {best['epoch']:.0f}, last {rows[-1]['mean_iou']:.4f}"
+        itrs = [row["itr"] for row in rows]
         for axes, (column, _) in zip(all_axes, panels, strict=True):
-            itrs, values = [row["itr"] for row in rows], [row[column] for row in rows]
+            values = [row[column] for row in rows]
             axes.plot(itrs, values, label=label, color=colour, linestyle=style, marker="o", markersize=3)
+        # Beside the training loss: where only that one still falls, the model overfits.
+        val_loss = [row.get("val_loss", math.nan) for row in rows]
+        all_axes[1].plot(itrs, val_loss, color=colour, linestyle=style, marker="o", markersize=5, mfc="white")
         all_axes[0].plot(best["itr"], best["mean_iou"], marker="*", markersize=15, color=colour, mec="black")
         # More labels than two would overlap; the legend has all the numbers.
         if len(histories) <= 2:

@@ -17,7 +17,7 @@ from datasets.voc import SegmentationDataset
 from utils.engine import choose_amp, predict
 from utils.errors import InputError
 from utils.metrics import ConfusionMatrix, image_iou
-from utils.run import HISTORY
+from utils.run import HISTORY, LATER
 from utils.weights.load import load_model
 
 NUM_SAMPLES, SEED = 20, 1  # the same images as `visualize.py samples`
@@ -86,7 +86,7 @@ def read_run(folder: Path, name: str) -> RunFiles:
         raise InputError(f"{folder / 'options.json'}: cannot be read ({error}); give run folders") from None
     header, rows = read_csv(folder / "history.csv", first_number=0)
     history = [dict(zip(header, row, strict=True)) for row in rows]
-    if not set(HISTORY) <= set(header) or any(math.isnan(row["mean_iou"]) for row in history):
+    if not set(HISTORY).difference(LATER) <= set(header) or any(math.isnan(row["mean_iou"]) for row in history):
         raise InputError(f"{folder / 'history.csv'}: lacks a column or an mIoU; restore the file that main.py wrote")
     class_iou = {name: iou for name, iou, *_ in read_csv(folder / "class_iou.csv")[1]}
     (_, *predicted), counts = read_csv(folder / "confusion_matrix.csv")
