@@ -37,7 +37,7 @@ FOLDERS = (  # an image folder, and what its mask folder may be called
 )
 VAL = ("val", "valid", "validation")
 SPLITS = ("train", *VAL, "test")
-README = 'see "Your own data" in the README for the layouts'
+LAYOUTS = "docs/own_masks.md shows the layouts"
 
 
 class FolderSegmentation(SegmentationDataset):
@@ -273,7 +273,7 @@ def _no_masks(place: Place, images: Collection[str]) -> InputError:
             source = {"masks": place.masks} if own else {"coco": paths[0]}
             command = convert_command(place.images, **source)
             return InputError(f"{paths[0]}: holds polygons, not a mask; convert them: {command}")
-    return InputError(f"{place.masks}: has no masks; {README}")
+    return InputError(f"{place.masks}: has no masks; {LAYOUTS}")
 
 
 def class_names_of(layout: Layout) -> list[str]:
