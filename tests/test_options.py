@@ -56,7 +56,7 @@ def test_every_flag_of_visualize_is_read():
         ("--random_seed 20250101123456", "--random_seed: 20250101123456 is out of range; give 0 to 4294967295"),
         ("--gamma 1.5", "--gamma: 1.5 is out of range; give 0 to 1"),
         ("--crop_size 33.5", "--crop_size: invalid int value: '33.5'"),
-        ("--model deeplabv4", "--model: invalid choice"),
+        ("--model deeplabv4", "--model: deeplabv4: unknown model"),
         ("--loss_type dice", "--loss_type: invalid choice"),
         ("--outputstride 16", "unrecognized arguments: --outputstride"),
         ("--batch 8", "unrecognized arguments: --batch"),

@@ -237,7 +237,7 @@ def _tta(text: str) -> str:
 def flags_page() -> str:
     """Returns docs/flags.md: a table of flag, default and help for each group of flags."""
     lines = ["# Flags of main.py", "", "`python -m utils.options > docs/flags.md` writes this page from the parser."]
-    lines += ["`python main.py --help` prints the same texts. A flag without a default is off or unset."]
+    lines += ["`--help` prints the same texts. A flag without a default is off or unset."]
     for group in get_parser()._action_groups:
         rows = [action for action in group._group_actions if action.dest != "help"]
         if rows:
