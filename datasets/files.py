@@ -65,7 +65,7 @@ def is_folder(path: Path) -> bool:
 def existing_folder(folder: Path) -> Path:
     """Returns `folder`. Raises InputError if it does not exist."""
     if not is_folder(folder):
-        raise InputError(f'{folder}: there is no such folder; see "Your own data" in the README for the layouts')
+        raise InputError(f"{folder}: there is no such folder; docs/own_masks.md shows the layouts")
     return folder
 
 

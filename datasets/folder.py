@@ -39,7 +39,7 @@ FOLDERS = (  # an image folder, and what its mask folder may be called
 )
 VAL = ("val", "valid", "validation")
 SPLITS = {"train": "train", **dict.fromkeys(VAL, "val"), "test": "test"}  # by what folders and lists are called
-README = 'see "Your own data" in the README for the layouts'
+LAYOUTS = "docs/own_masks.md shows the layouts"
 
 
 class FolderSegmentation(SegmentationDataset):
@@ -302,7 +302,7 @@ def _no_masks(layout: Layout) -> InputError:
     for name, paths in list_files(place.masks, (".json", ".txt")).items():
         if f"{place.prefix}{name}" in layout.images or paths[0].suffix.lower() == ".json":
             return InputError(f"{paths[0]}: holds polygons, not a mask; convert them: {layout.convert}")
-    return InputError(f"{place.masks}: has no masks; {README}")
+    return InputError(f"{place.masks}: has no masks; {LAYOUTS}")
 
 
 def class_names_of(layout: Layout) -> list[str]:

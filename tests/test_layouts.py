@@ -226,7 +226,7 @@ def test_polygons_lead_to_the_converter(tmp_path, files):
 
 def test_a_folder_without_masks_is_refused(tmp_path):
     write_picture(tmp_path / "images" / "a.jpg", PHOTO)
-    with pytest.raises(InputError, match=r'has no masks; see "Your own data"'):
+    with pytest.raises(InputError, match="has no masks; docs/own_masks.md"):
         FolderSegmentation(tmp_path)
 
 

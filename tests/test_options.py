@@ -5,7 +5,7 @@ import pytest
 
 import visualize
 from utils.errors import InputError
-from utils.options import get_parser
+from utils.options import flags_page, get_parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,12 +26,9 @@ def test_every_flag_is_read_somewhere():
         assert re.search(rf"opts\.{name}\b", text) or name in ("model", "output_stride"), f"--{name} is never read"
 
 
-def test_readme_has_a_row_for_every_flag_with_its_default():
-    table = (ROOT / "README.md").read_text()
-    for name, default in vars(get_parser().parse_args([])).items():
-        shown = f"`{default}`" if default is not None and default is not False else ""
-        row = re.search(rf"^\| `--{name}\b[^`]*` \| {re.escape(shown)} \|", table, flags=re.MULTILINE)
-        assert row, f"the README's table has no row for --{name} with default {shown}"
+def test_flags_page_is_up_to_date():
+    page = (ROOT / "docs" / "flags.md").read_text()
+    assert page == flags_page(), "run: python -m utils.options > docs/flags.md"
 
 
 @pytest.mark.parametrize("parser", [get_parser(), visualize.get_parser()], ids=["main", "visualize"])

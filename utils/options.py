@@ -1,4 +1,7 @@
-"""Defines the flags of `main.py` and checks which of them go together."""
+"""Defines the flags of `main.py` and checks which of them go together.
+
+After a change to a flag or its help, run `python -m utils.options > docs/flags.md`.
+"""
 
 import argparse
 
@@ -123,15 +126,16 @@ def get_parser() -> argparse.ArgumentParser:
     count, ratio, share = number(int, 1), number(float, 0), number(float, 0, 1)
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="voc", help="shapes is generated: nothing to download")
-    text = "folder that holds VOCdevkit (voc), or the data folder itself (folder)"
+    add("--dataset", choices=DATASETS, default="voc", help="folder: your own masks; shapes: generated, no download")
+    text = "folder that holds VOCdevkit (voc), the data folder itself (folder), or where to draw (shapes)"
     add("--data_root", type=any_path, metavar="DIR", default="datasets/data", help=text)
-    add("--year", choices=["2012", "2012_aug"], default="2012", help="VOC only; 2012_aug: 10,582 training images")
+    text = "VOC only; 2012_aug: 10,582 images with the masks of SBD"
+    add("--year", choices=["2012", "2012_aug"], default="2012", help=text)
     add("--download", action="store_true", help="download VOC 2012 (2 GB) if it is missing")
-    add("--train_split", type=inner_path, metavar="LIST", default="train", help="list in ImageSets/Segmentation")
-    add("--val_split", type=inner_path, metavar="LIST", default="val", help="list to validate on or to test on")
-    add("--allow_absent", action="store_true", help="train although a class occurs in no mask")
-    add("--skip_bad", action="store_true", help="check all files first and leave out damaged ones")
+    add("--train_split", type=inner_path, metavar="LIST", default="train", help="list of images to train on")
+    add("--val_split", type=inner_path, metavar="LIST", default="val", help="list to validate on, or to test on")
+    add("--allow_absent", action="store_true", help="train on your own masks although none shows some class")
+    add("--skip_bad", action="store_true", help="check all files first; log damaged ones and leave them out")
 
     add = parser.add_argument_group("model").add_argument
     text = (
@@ -139,16 +143,18 @@ def get_parser() -> argparse.ArgumentParser:
     )
     text += f" (default: the checkpoint's, or {MODEL_DEFAULTS['model']})"
     add("--model", type=_model, metavar="NAME", help=text)
-    add("--output_stride", type=int, choices=[16, 8], help="(default: the checkpoint's, or 16)")
+    text = "stride of the last feature map; MobileNetV3 has 16 only (default: the checkpoint's, or 16)"
+    add("--output_stride", type=int, choices=[16, 8], help=text)
     text = "separable convolutions in the head: smaller and faster (default: as the checkpoint)"
     add("--separable_conv", action="store_true", default=None, help=text)
-    text = "imagenet (downloaded), none, or a FILE"
+    text = "imagenet (downloaded), none, or a FILE of torchvision or timm; ignored with --ckpt and --init_from"
     add("--backbone_weights", type=any_path, default="imagenet", metavar="FILE", help=text)
 
     add = parser.add_argument_group("training").add_argument
     add("--total_itrs", metavar="N", type=count, default=5000, help="iterations (optimizer steps) in all")
-    add("--batch_size", metavar="N", type=count, default=8, help="images per step, over all processes")
-    add("--grad_accum", metavar="N", type=count, default=1, help="parts of each step's batch, to save memory")
+    add("--batch_size", metavar="N", type=count, default=8, help="images per step; 2 or more in each process")
+    text = "split each step's batch into N parts, to save memory; batch norm sees one part at a time"
+    add("--grad_accum", metavar="N", type=count, default=1, help=text)
     add("--crop_size", metavar="N", type=count, default=513, help="side of the training crop in pixels")
     text = "smallest and largest random scale"
     add("--train_scale", metavar="LOW,HIGH", type=_scales, default="0.5,2.0", help=text)
@@ -160,36 +166,40 @@ def get_parser() -> argparse.ArgumentParser:
     add("--backbone_lr_factor", metavar="X", type=ratio, default=0.1, help=text)
     add("--momentum", metavar="X", type=share, default=0.9, help="SGD momentum")
     add("--weight_decay", metavar="X", type=ratio, default=1e-4, help="L2 penalty on every parameter")
-    add("--lr_policy", choices=["step", "poly"], default="step", help="StepLR, or poly with power 0.9")
+    add("--lr_policy", choices=["step", "poly"], default="step", help="StepLR, or poly: power 0.9, zero at the end")
     add("--step_size", metavar="N", type=count, default=1000, help="StepLR: iterations between drops")
     add("--gamma", metavar="X", type=share, default=0.9, help="StepLR: factor at each drop")
     add("--warmup_itrs", metavar="N", type=number(int, 0), default=0, help="iterations of linear warm-up")
-    add("--freeze_bn", action="store_true", help="keep the batch-norm statistics of the initial weights")
-    add("--loss_type", choices=LOSSES, default="cross_entropy", help="see utils/loss.py")
+    text = "keep the batch-norm statistics of the initial weights; still train scale and shift"
+    add("--freeze_bn", action="store_true", help=text)
+    add("--loss_type", choices=LOSSES, default="cross_entropy", help="utils/loss.py says when each helps")
     add("--focal_gamma", metavar="X", type=ratio, default=2.0, help="focal_loss: gamma; 0 is cross-entropy")
-    add("--ohem_threshold", metavar="X", type=share, default=0.7, help="OHEM: pixels above this probability are easy")
-    add("--ohem_keep", metavar="X", type=share, default=0.25, help="OHEM: lowest share of the pixels to keep")
-    text = "counted from the training masks; not with lovasz_softmax"
+    text = "OHEM: a pixel is easy if its class is more probable than this"
+    add("--ohem_threshold", metavar="X", type=share, default=0.7, help=text)
+    add("--ohem_keep", metavar="X", type=share, default=0.25, help="OHEM: smallest share of the pixels to keep")
+    text = "counted from the training masks, with mean 1 per pixel; not with lovasz_softmax"
     add("--class_weights", choices=["none", *CLASS_WEIGHTS], default="none", help=text)
     add("--val_interval", metavar="N", type=number(int, 0), default=0, help="iterations per validation; 0: one epoch")
     text = "stop after N validations without a better mIoU; 0: never"
     add("--patience", metavar="N", type=number(int, 0), default=0, help=text)
-    add("--val_batch_size", metavar="N", type=count, default=8, help="images of one size per validation batch")
+    add("--val_batch_size", metavar="N", type=count, default=8, help="images of one size per batch, at native size")
     add("--print_interval", metavar="N", type=count, default=10, help="iterations between loss lines")
     text = "seed of weights, order and augmentation"
     add("--random_seed", metavar="N", type=number(int, 0, 2**32 - 1), default=1, help=text)
     add("--device", metavar="NAME", default="auto", help="auto: cuda if available, otherwise cpu")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision")
+    text = "mixed precision; auto: bf16 where the device has it, fp16 on older GPUs with tensor cores, otherwise off"
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help=text)
     add("--compile", action="store_true", help="use torch.compile; if it fails, train without it")
 
     add = parser.add_argument_group("run").add_argument
-    add("--run_name", type=inner_path, metavar="NAME", help="(default: <model>_<dataset>_os<stride>_<loss>)")
+    add("--run_name", type=inner_path, metavar="NAME", help="(default: MODEL_DATASET_osSTRIDE_LOSS)")
     add("--run_dir", type=any_path, metavar="DIR", default="runs", help="folder of all runs")
-    text = "checkpoint to start from, test or resume; voc: the bundled model; torchvision: its DeepLabV3, downloaded"
+    text = "checkpoint to start from, test or resume, also a published one; voc: the bundled model; torchvision: "
+    text += "downloads its DeepLabV3"
     add("--ckpt", type=any_path, metavar="FILE", help=text)
-    add("--export", type=any_path, metavar="FILE.onnx", help="write --ckpt as ONNX, check it, and exit")
+    add("--export", type=any_path, metavar="FILE.onnx", help="write --ckpt as ONNX and check it; no data needed")
     add("--export_opset", metavar="N", type=int, default=18, help="ONNX opset for --export: 18 to 23")
-    text = "start from the tensors of this checkpoint that fit: other classes or another head"
+    text = "start from the tensors of this checkpoint that fit (other classes, another head); the log lists the rest"
     add("--init_from", type=any_path, metavar="FILE", help=text)
     add("--continue_training", action="store_true", help="resume from the run's latest.pth, or from --ckpt")
     add("--test_only", action="store_true", help="evaluate --ckpt (or the run's best.pth) on --val_split")
@@ -200,10 +210,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--eval_output_stride", type=int, choices=[16, 8], help="output stride of the test (default: as trained)")
     text = "folder of another test of the same images: print the difference with its 95%% interval"
     add("--against", type=any_path, metavar="DIR", help=text)
-    add("--crop_val", action="store_true", help="score centre crops of --crop_size; comparable only with such scores")
+    add("--crop_val", action="store_true", help="score centre crops of --crop_size; not comparable with whole images")
 
     add = parser.add_argument_group("dashboard").add_argument
-    add("--enable_vis", action="store_true", help="send curves to a visdom server")
+    add("--enable_vis", action="store_true", help="send curves to a visdom server, see docs/dashboard.md")
     add("--tensorboard", action="store_true", help="write them to runs/NAME/tb for tensorboard --logdir runs")
     add("--vis_port", metavar="N", type=number(int, 1, 65535), default=8097, help="port of the server")
     add("--vis_env", metavar="NAME", default="main", help="visdom environment")
@@ -233,3 +243,24 @@ def _tta(text: str) -> str:
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--tta ")) from None
     return text
+
+
+def flags_page() -> str:
+    """Returns docs/flags.md: a table of flag, default and help for each group of flags."""
+    lines = ["# Flags of main.py", "", "`python -m utils.options > docs/flags.md` writes this page from the parser."]
+    lines += ["`--help` prints the same texts. A flag without a default is off or unset."]
+    for group in get_parser()._action_groups:
+        rows = [action for action in group._group_actions if action.dest != "help"]
+        if rows:
+            lines += ["", f"## {group.title.capitalize()}", "", "| flag | default | help |", "| --- | --- | --- |"]
+        for action in rows:
+            values = action.metavar or r"\|".join(map(str, action.choices or ()))
+            flag = f"{action.option_strings[0]} {values}".strip()
+            default = "" if action.default is None or action.default is False else f"`{action.default}`"
+            text = action.help.replace("|", r"\|")
+            lines += [f"| `{flag}` | {default} | {text} |"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(flags_page(), end="")
