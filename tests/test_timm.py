@@ -6,6 +6,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import onnxruntime
@@ -13,6 +15,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY, assert_refused, run_main
+from safetensors.torch import save_file
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
@@ -252,17 +255,62 @@ def test_the_package_gives_timms_network_a_cat(tmp_path):
     assert torch.equal(model.backbone.network.blocks[6][0].conv_pwl.weight, state["_blocks.15._project_conv.weight"])
 
 
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the Hugging Face hub does for one file."""
+
+    def do_HEAD(self):
+        name = self.path.rsplit("/", 1)[-1].split("?")[0]
+        found = name == "model.safetensors" or "/api/models/" in self.path
+        self.send_response(200 if found else 404)
+        if not found:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        body = b'{"id": "timm/x"}' if "/api/models/" in self.path else self.server.content
+        for key, value in {"ETag": '"1"', "X-Repo-Commit": "0" * 40, "Content-Length": len(body)}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        return body if found else b""
+
+    def do_GET(self):
+        self.wfile.write(self.do_HEAD())
+
+    def log_message(self, *_):
+        pass
+
+
+LOAD = (
+    "import sys; from network import build_model; from utils.weights.load import load_backbone; name = sys.argv[1]; "
+    "model = build_model(name, num_classes=2); load_backbone(model, name, 'imagenet'); "
+    "print(float(model.backbone.network.conv_stem.weight.sum()))"
+)
+
+
+def load_from_hub(endpoint, cache):
+    environment = {**os.environ, "HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", LOAD, SMALL], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_imagenet_weights_come_from_the_hub_and_later_from_its_cache(tmp_path):
+    network = timm.create_model("mobilenetv3_small_050")
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.content = (tmp_path / "model.safetensors").read_bytes()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        first = load_from_hub(f"http://127.0.0.1:{server.server_port}", tmp_path / "cache")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert first.returncode == 0, first.stderr
+    assert float(first.stdout) == pytest.approx(float(network.conv_stem.weight.sum()), abs=1e-4)
+    again = load_from_hub("http://127.0.0.1:9", tmp_path / "cache")
+    assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
+
+
 def test_without_a_network_imagenet_weights_fail_in_one_line_within_seconds(tmp_path):
-    code = (
-        "from network import build_model; from utils.weights.load import load_backbone; "
-        "load_backbone(build_model('deeplabv3_resnet18d', num_classes=2), 'deeplabv3_resnet18d', 'imagenet')"
-    )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    last = result.stderr.strip().splitlines()[-1]
-    assert "InputError: --backbone_weights imagenet: timm/resnet18d" in last and "FILE, or none" in last
+    last = load_from_hub("http://127.0.0.1:9", tmp_path).stderr.strip().splitlines()[-1]
+    assert "InputError: --backbone_weights imagenet: timm/mobilenetv3_small_050" in last and "FILE, or none" in last
 
 
 def test_init_from_decides_model_stride_and_separable_heads(tmp_path, voc_root):
