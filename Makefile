@@ -5,14 +5,16 @@ export PIP_CONSTRAINT := $(CURDIR)/.build-constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# From random weights on generated pictures: one learning rate for all layers, warmed up, down to zero at the end.
-DEMO := --dataset shapes --backbone_weights none --run_name demo --total_itrs 400 --crop_size 128 \
-	--lr 0.05 --backbone_lr_factor 1 --lr_policy poly --warmup_itrs 30
+# What a user does with masks of their own: start from the bundled model, train, evaluate each epoch, compare.
+DEMO := --dataset shapes --init_from voc --run_name demo --total_itrs 200 --crop_size 128 \
+	--lr 0.05 --backbone_lr_factor 1 --lr_policy poly --warmup_itrs 20
 
 .PHONY: demo test
 demo: $(VENV)/ready
-	$(VENV)/bin/python main.py $(DEMO) --save_val_results --continue_training
-	@echo "Scores: runs/demo/history.csv  curves: runs/demo/curves.png  predictions: runs/demo/results/overlays"
+	$(VENV)/bin/python visualize.py predict --input docs/images/cat.jpg --out runs/demo/photograph
+	$(VENV)/bin/python main.py $(DEMO) --continue_training
+	$(VENV)/bin/python visualize.py compare --dataset shapes --split val --ckpt runs/demo/best.pth --out runs/demo/compare.png
+	@echo "In runs/demo: photograph/overlays/cat.jpg  history.csv  curves.png  compare.png"
 
 test: $(VENV)/ready-to-test
 	$(VENV)/bin/ruff check .

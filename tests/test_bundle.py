@@ -16,7 +16,7 @@ from datasets.voc import VOC_CLASSES
 from utils.errors import InputError
 from utils.pictures.predict import segment
 from utils.weights.bundle import main as pack
-from utils.weights.load import BUNDLED, load_checkpoint, load_model
+from utils.weights.load import BUNDLED, describe, load_checkpoint, load_model
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,13 @@ def test_a_packed_checkpoint_is_half_as_large_and_predicts_the_same(trained, pac
     assert after.class_names == before.class_names and np.array_equal(after.palette, before.palette)
     assert (segment(before, image) == segment(after, image)).mean() > 0.97
     assert torch.equal(after.model.mean, before.model.mean)
+
+
+def test_a_packed_checkpoint_names_no_place_on_the_machine_that_trained_it(packed):
+    with safe_open(packed, framework="pt") as file:
+        text = file.metadata()["deeplab"]
+    assert str(packed.parent) not in text and "data_root" not in text and "command" not in text
+    assert describe(load_checkpoint(packed))["data"] == "shapes, train"
 
 
 def test_batch_norms_stay_in_full_precision(packed):

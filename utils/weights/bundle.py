@@ -17,6 +17,10 @@ from utils.files import replacing
 from utils.weights.load import KEYS, load_checkpoint
 
 
+# Options that name places on the machine that trained the model.
+PATHS = {"data_root", "run_dir", "ckpt", "init_from", "backbone_weights"}
+
+
 def bundle(checkpoint: dict, out: Path, *, note: str) -> None:
     """Writes a checkpoint with tensors and JSON only. Convolutions are float16, batch norms stay float32."""
     # Convolutions have four dimensions; what a batch norm counts would not fit into float16.
@@ -26,6 +30,8 @@ def bundle(checkpoint: dict, out: Path, *, note: str) -> None:
     }
     rest = {name: value for name, value in checkpoint.items() if name in KEYS | {"normalization", "about"}}
     rest |= {"optimizer_state": {}, "scheduler_state": {}, "scaler_state": {}, "published": note}
+    rest["options"] = {name: value for name, value in rest["options"].items() if name not in PATHS}
+    rest["about"] = {name: value for name, value in rest.get("about", {}).items() if name != "command"}
     del rest["model_state"]
     with replacing(out) as temporary:
         save_file(state, temporary, metadata={"deeplab": json.dumps(rest)})

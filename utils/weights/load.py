@@ -359,7 +359,8 @@ def describe(checkpoint: dict) -> dict[str, str]:
     }
     if scores:
         facts |= {
-            "data": f"{options['dataset']} in {options['data_root']}, {options['train_split']}",
+            "data": " in ".join(options[name] for name in ("dataset", "data_root") if name in options)
+            + f", {options['train_split']}",
             "training": f"{checkpoint['cur_itrs']:,} iterations of {options['batch_size']} crops of "
             f"{options['crop_size']} pixels, {options['loss_type']}, learning rate {options['lr']:g}",
             "scores": f"mIoU {scores['Mean IoU']:.4f}, Overall Acc {scores['Overall Acc']:.4f} "
