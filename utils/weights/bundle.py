@@ -16,7 +16,6 @@ from utils.cli import Parser, any_path, friendly_errors
 from utils.files import replacing
 from utils.weights.load import KEYS, load_checkpoint
 
-
 # Options that name places on the machine that trained the model.
 PATHS = {"data_root", "run_dir", "ckpt", "init_from", "backbone_weights"}
 
