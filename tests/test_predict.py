@@ -186,23 +186,24 @@ def test_confidence_is_the_probability_of_the_class_that_is_predicted(model, amp
 @pytest.mark.parametrize("size", [(200, 133), (133, 200), (65, 65), (1, 500)])
 @pytest.mark.parametrize("overlap", [None, 0, 32])
 def test_blended_tiles_give_the_probabilities_of_one_piece(size, overlap):
-    # Reds between those of the classes, so that probabilities differ; the model sees one pixel at a time.
+    class Unsure(ByColour):
+        def forward(self, x):
+            return super().forward(x) / 100
+
     image = torch.randint(0, 70, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    fake = ByColour()
+    fake = Unsure()
     ids, confidence = predict_image_with_confidence(fake, image, tile=64, overlap=overlap)
     one_piece = fake(image[None])[0].softmax(dim=0).amax(dim=0)  # [H, W]
     assert len(fake.seen) > 2 and confidence.is_contiguous()
-    assert torch.allclose(confidence, one_piece, atol=1e-3)
-    assert one_piece.unique().numel() > 5
+    assert torch.allclose(confidence, one_piece, atol=1e-5) and one_piece.std() > 0.05
     assert torch.equal(ids, predict_image(fake, image, tile=64, overlap=overlap))
 
 
 def test_confidence_between_two_tiles_is_that_of_their_weighted_mean():
     # As below: tiles at 0..64 and 48..112, with class 0 ahead by 4 in the first and class 1 by 2 in the second.
     fake = Scripted([4.0, 0.0], [0.0, 2.0])
-    _, confidence = predict_image_with_confidence(
-        fake, torch.zeros(3, 64, 112, dtype=torch.uint8), tile=64, overlap=16
-    )
+    image = torch.zeros(3, 64, 112, dtype=torch.uint8)
+    _, confidence = predict_image_with_confidence(fake, image, tile=64, overlap=16)
     x = torch.arange(112) + 0.5
     first, second = (64 - x).clamp(0, 64).square() * (x < 64), (x - 48).clamp(0, 64).square() * (x > 48)
     first, second = torch.where(x < 48, 1.0, first), torch.where(x > 64, 1.0, second)
