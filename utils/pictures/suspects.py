@@ -30,7 +30,7 @@ class Suspect(NamedTuple):
 
 @torch.inference_mode()
 def contradictions(
-    model: DeepLab, image: torch.Tensor, mask: torch.Tensor, amp: torch.dtype | None = None
+    model: DeepLab, image: torch.Tensor, mask: torch.Tensor, *, amp: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Returns the prediction, the contradicted pixels and the mean cross-entropy over the valid pixels.
 
@@ -63,7 +63,7 @@ def rank_suspects(
         except SampleError as error:
             unreadable.append(str(error))
             continue
-        prediction, contradicted, loss = contradictions(model, image, mask, amp)
+        prediction, contradicted, loss = contradictions(model, image, mask, amp=amp)
         share = contradicted.sum() / (mask != VOID).sum().clamp_min(1)
         names = ["", ""]
         if contradicted.any():
@@ -89,7 +89,7 @@ def draw_suspects(
     for index, share, _, annotated, predicted in suspects:
         image, mask = dataset.pair(index)
         # Predicted again, because the maps of a whole split would fill the memory.
-        prediction, contradicted, _ = contradictions(model, image, mask, amp)
+        prediction, contradicted, _ = contradictions(model, image, mask, amp=amp)
         present |= {*mask.unique().tolist(), *prediction.unique().tolist()} - {VOID}
         drawings = [hwc(image), dataset.decode_target(mask), dataset.decode_target(prediction)]
         pair = f": {annotated} predicted as {predicted}" if annotated else ""
