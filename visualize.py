@@ -6,6 +6,7 @@ python visualize.py check   --dataset folder --data_root my_data        # the da
 python visualize.py compare --ckpt runs/A/best.pth runs/B/best.pth      # RGB | ground truth | A | B
 python visualize.py curves  runs/A runs/B                               # mIoU, loss and learning rate
 python visualize.py predict --input photos                              # masks and overlays of your own images
+python visualize.py suspects --ckpt runs/A/best.pth                     # annotations that A contradicts: errors?
 python visualize.py sam     --ckpt runs/A/best.pth                      # Segment Anything refines A's outlines
 python visualize.py report  runs/A runs/B                               # everything in one HTML file
 """
@@ -23,8 +24,17 @@ from utils.engine import choose_amp, choose_device, predict
 from utils.errors import InputError
 from utils.files import write_csv
 from utils.metrics import image_iou
-from utils.pictures.plotting import draw_curves, draw_grid, draw_samples, draw_statistics, error_map, hwc
+from utils.pictures.plotting import (
+    draw_curves,
+    draw_grid,
+    draw_samples,
+    draw_statistics,
+    error_map,
+    hwc,
+    require_png,
+)
 from utils.pictures.predict import TILE, list_images, predict_files
+from utils.pictures.suspects import draw_suspects, rank_suspects, suspects_table
 from utils.run import Run
 from utils.weights.load import load_model, require_classes
 
@@ -64,7 +74,14 @@ def get_parser() -> ArgumentParser:
     add_flag("--out", type=any_path, default="results/predict", metavar="DIR", help="folder for masks/ and overlays/")
     add_flag("--tile", type=int, default=TILE, metavar="N", help="pixels; larger images are predicted in tiles")
     add_flag("--overlap", type=int, metavar="N", help="pixels that two tiles share (default: an eighth of --tile)")
+    add_flag("--confidence", action="store_true", help="also write each pixel's probability as grey: 255 is 1")
+    text = "pixels whose class has a lower probability become void (255)"
+    add_flag("--min_confidence", type=number(float, 0, 1), default=0.0, metavar="P", help=text)
 
+    command = add(suspects, "suspects", "images whose annotation a model contradicts most confidently")
+    add_data(command, out="results/suspects.png")
+    add_models(command)
+    command.add_argument("--num", type=number(int, 1), default=20, metavar="N", help="images to draw")
     command = add(sam, "sam", "Segment Anything's masks, and the prediction with its outlines refined by them")
     add_data(command, num=5, out="results/sam.png")
     add_models(command, required=False)
@@ -251,12 +268,36 @@ def predict_own(opts: Namespace) -> None:
         amp=amp,
         tile=opts.tile,
         overlap=opts.overlap,
+        confidence=opts.confidence,
+        min_confidence=opts.min_confidence,
     )
-    if unreadable:
-        print(f"{len(unreadable)} of {len(paths)} could not be read:", *unreadable, sep="\n  ")
+    print_unreadable(unreadable, len(paths))
     done = f"{len(paths) - len(unreadable)} of {len(paths)} images"
     ignored = f" ({others} other file{'s' * (others != 1)} ignored)" if others else ""
-    print(f"Written: {opts.out}/masks, {opts.out}/overlays and {opts.out}/shares.csv for {done}{ignored}")
+    folders = ", ".join(f"{opts.out}/{name}" for name in ["masks", "overlays", *["confidence"] * opts.confidence])
+    print(f"Written: {folders} and {opts.out}/shares.csv for {done}{ignored}")
+
+
+def print_unreadable(problems: list[str], total: int) -> None:
+    if problems:
+        print(f"{len(problems)} of {total} could not be read:", *problems, sep="\n  ")
+
+
+def suspects(opts: Namespace) -> None:
+    """Ranks the images of a split by how confidently a model contradicts their annotation, and draws the first."""
+    device, out = choose_device(opts.device), Path(opts.out)
+    amp = choose_amp(opts.amp, device)
+    # Before the work, which may take minutes.
+    require_png(out)
+    dataset = open_data(opts, lists=Path(opts.ckpt).parent / "splits")
+    dataset.require_images()
+    trained = load_model(opts.ckpt, device)
+    require_classes(trained.class_names, dataset.class_names, opts.ckpt)
+    ranked, unreadable = rank_suspects(trained.model, dataset, amp)
+    draw_suspects(trained.model, dataset, ranked[: opts.num], out, amp=amp)
+    write_csv(out.with_suffix(".csv"), *suspects_table(dataset, ranked))
+    print_unreadable(unreadable, len(dataset))
+    print(f"Written: {out}, {out.with_suffix('.csv')}")
 
 
 def sam(opts: Namespace) -> None:

@@ -26,6 +26,7 @@ from utils.pictures.predict import (
     output_names,
     predict_files,
     predict_image,
+    predict_image_with_confidence,
     spans,
 )
 from utils.weights import load
@@ -169,6 +170,45 @@ def test_tiles_cover_a_side_evenly_on_the_grid_with_the_overlap_at_least():
                 assert (len(steps) - 1) * longest < size - (tile - tile % 16)  # one tile less would not do
                 shorter = (side - 16 - overlap) // 16 * 16
                 assert len(steps) * shorter < size - (side - 16) or side == 64  # nor would smaller tiles
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_confidence_is_the_probability_of_the_class_that_is_predicted(model, amp):
+    image = torch.randint(0, 256, (3, 70, 45), dtype=torch.uint8)
+    ids, confidence = predict_image_with_confidence(model, image, amp=amp)
+    assert torch.equal(ids, predict_image(model, image, amp=amp))
+    with torch.inference_mode(), torch.autocast("cpu", amp, enabled=amp is not None):
+        probabilities = model(image[None])[0].softmax(dim=0)  # [C, H, W]
+    assert confidence.dtype == torch.float32
+    assert torch.equal(confidence, probabilities.gather(0, ids[None].long())[0])
+
+
+@pytest.mark.parametrize("size", [(200, 133), (133, 200), (65, 65), (1, 500)])
+@pytest.mark.parametrize("overlap", [None, 0, 32])
+def test_blended_tiles_give_the_probabilities_of_one_piece(size, overlap):
+    class Unsure(ByColour):
+        def forward(self, x):
+            return super().forward(x) / 100
+
+    image = torch.randint(0, 70, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    fake = Unsure()
+    ids, confidence = predict_image_with_confidence(fake, image, tile=64, overlap=overlap)
+    one_piece = fake(image[None])[0].softmax(dim=0).amax(dim=0)  # [H, W]
+    assert len(fake.seen) > 2 and confidence.is_contiguous()
+    assert torch.allclose(confidence, one_piece, atol=1e-5) and one_piece.std() > 0.05
+    assert torch.equal(ids, predict_image(fake, image, tile=64, overlap=overlap))
+
+
+def test_confidence_between_two_tiles_is_that_of_their_weighted_mean():
+    # As below: tiles at 0..64 and 48..112, with class 0 ahead by 4 in the first and class 1 by 2 in the second.
+    fake = Scripted([4.0, 0.0], [0.0, 2.0])
+    image = torch.zeros(3, 64, 112, dtype=torch.uint8)
+    _, confidence = predict_image_with_confidence(fake, image, tile=64, overlap=16)
+    x = torch.arange(112) + 0.5
+    first, second = (64 - x).clamp(0, 64).square() * (x < 64), (x - 48).clamp(0, 64).square() * (x > 48)
+    first, second = torch.where(x < 48, 1.0, first), torch.where(x > 64, 1.0, second)
+    ahead = (4 * first - 2 * second) / (first + second)
+    assert torch.allclose(confidence, ahead.abs().sigmoid().expand(64, 112), atol=1e-5)
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["beside", "below"])
@@ -502,6 +542,11 @@ def test_what_was_predicted_before_is_no_input(tmp_path, monkeypatch):
     assert listed(tmp_path / "out", tmp_path / "out") == (["other.png"], 0)
 
 
+def test_confidence_that_was_written_before_is_no_input(tmp_path):
+    touch(tmp_path, "a.png", "out/confidence/a.png", "elsewhere/confidence/b.png")
+    assert listed(tmp_path, tmp_path / "out") == (["a.png", "elsewhere/confidence/b.png"], 0)
+
+
 def test_folder_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
     touch(tmp_path, "a.png", "closed/b.png")
     scandir = os.scandir
@@ -540,11 +585,42 @@ def test_each_picture_gets_mask_overlay_and_shares(tmp_path, flags):
             assert (np.array(drawn) == np.array(whole)).all()
     with (out / "shares.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["picture", "mask", *(f"class {k}" for k in range(8))]
+    assert rows[0] == ["picture", "mask", *(f"class {k}" for k in range(8)), "void"]
     assert [row[:2] for row in rows[1:]] == [["a.png", "masks/a.png"], ["b.png", "masks/b.png"]]
     for row, expected in zip(rows[1:], ids.values(), strict=True):
-        shares = np.bincount(expected.flatten(), minlength=8) / expected.size
+        shares = [*(np.bincount(expected.flatten(), minlength=8) / expected.size), 0]
         assert [float(value) for value in row[2:]] == pytest.approx(shares, abs=1e-6)
+
+
+@pytest.mark.parametrize("flags", [{}, {"tile": 64, "overlap": 16}], ids=["one piece", "tiles"])
+def test_confidence_is_written_as_grey_and_unsure_pixels_become_void(tmp_path, flags):
+    # Red 10 k is class k for certain; red 10 k + 5 is k or k + 1, each with a half.
+    red = np.tile(np.array([[20, 30, 35, 40]], np.uint8), (80, 25))
+    Image.fromarray(np.dstack([red] * 3)).save(tmp_path / "a.png")
+    run([tmp_path / "a.png"], tmp_path / "out", confidence=True, min_confidence=0.6, **flags)
+    files = ["confidence/a.png", "masks/a.png", "overlays/a.jpg", "shares.csv"]
+    assert files_in(tmp_path / "out") == files
+    with Image.open(tmp_path / "out/confidence/a.png") as grey, Image.open(tmp_path / "out/masks/a.png") as mask:
+        assert grey.mode == "L" and (abs(np.array(grey) - np.where(red == 35, 127.5, 255)) <= 0.5).all()
+        expected = np.where(red == 35, 255, red // 10)
+        assert mask.mode == "P" and (np.array(mask) == expected).all()
+    image = read_image(tmp_path / "a.png")
+    overlay(image, torch.from_numpy(expected), voc_colormap()).save(tmp_path / "expected.jpg")
+    with Image.open(tmp_path / "out/overlays/a.jpg") as drawn, Image.open(tmp_path / "expected.jpg") as whole:
+        assert (np.array(drawn) == np.array(whole)).all()
+    with (tmp_path / "out/shares.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert [float(row[name]) for name in ("class 2", "class 3", "class 4", "void")] == [0.25] * 4
+    run([tmp_path / "a.png"], tmp_path / "void", min_confidence=0.6, **flags)
+    assert files_in(tmp_path / "void") == files[1:]
+
+
+def test_confidence_that_would_overwrite_an_input_is_refused(tmp_path):
+    save(tmp_path / "confidence" / "a.png")
+    with pytest.raises(InputError, match=r"confidence/a\.png: is an input and would be overwritten"):
+        run([tmp_path / "confidence" / "a.png"], tmp_path, confidence=True)
+    run([tmp_path / "confidence" / "a.png"], tmp_path)
+    assert files_in(tmp_path / "confidence") == ["a.png"]
 
 
 def test_pictures_of_one_name_are_kept_apart(tmp_path):

@@ -356,6 +356,26 @@ def test_predict_lists_unreadable_images_and_does_the_rest(run, trained, folder,
     assert len(list((tmp_path / "p/masks").iterdir())) == 7
 
 
+def test_predict_adds_confidence_and_void_without_changing_the_rest(run, trained, folder, tmp_path):
+    arguments = ("--ckpt", trained / "runs/a/best.pth", "--input", folder / "JPEGImages/a1.jpg")
+    run("predict", *arguments, data=False, out="plain")
+    out, path = run("predict", *arguments, "--confidence", data=False, out="sure")
+    assert out.endswith(
+        f"Written: {path}/masks, {path}/overlays, {path}/confidence and {path}/shares.csv for 1 of 1 images\n"
+    )
+    assert (path / "confidence/a1.png").is_file() and not (tmp_path / "plain/confidence").exists()
+    for name in ("masks/a1.png", "overlays/a1.jpg", "shares.csv"):
+        assert (path / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    _, path = run("predict", *arguments, "--min_confidence", 1, data=False, out="void")
+    assert (np.asarray(Image.open(path / "masks/a1.png")) == 255).all() and not (path / "confidence").exists()
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1.1", "nan"])
+def test_predict_refuses_a_probability_out_of_range(refused, folder, value):
+    arguments = ("predict", "--input", folder / "JPEGImages", "--min_confidence", value)
+    assert f"--min_confidence: {value} is out of range; give 0 to 1" in refused(*arguments, data=False)
+
+
 # --- report ---
 
 
@@ -374,7 +394,9 @@ def test_only_the_commands_that_need_them_import_segment_anything_the_report_and
     assert process.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["samples", "stats", "check", "compare", "curves", "predict", "sam", "report"])
+@pytest.mark.parametrize(
+    "command", ["samples", "stats", "check", "compare", "curves", "predict", "suspects", "sam", "report"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         visualize.main([command, "--help"])

@@ -203,6 +203,16 @@ def predict(
     return predictions
 
 
+@torch.inference_mode()
+def predict_with_confidence(
+    model: DeepLab, images: torch.Tensor, amp: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicts class ids like `predict`, and the probability of each, float32 `[B, H, W]` in 0..1."""
+    with autocast(images.device, amp):
+        logits = model(images)  # [B, C, H, W]
+    return logits.max(dim=1).indices.to(torch.uint8), logits.softmax(dim=1).amax(dim=1)  # [B, H, W] each
+
+
 def predict_in_parts(
     model: DeepLab,
     images: torch.Tensor,

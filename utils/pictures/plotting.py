@@ -59,10 +59,15 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path, dpi: int = 120) -> None:
-    """Writes a PNG, completely or not at all. Raises InputError for another suffix or if it cannot be written."""
+def require_png(path: Path) -> None:
+    """Raises InputError for another suffix than .png."""
     if path.suffix.lower() != ".png":
         raise InputError(f"--out {path}: only PNG is supported; give a name that ends with .png")
+
+
+def save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Writes a PNG, completely or not at all. Raises InputError for another suffix or if it cannot be written."""
+    require_png(path)
     choose_fonts(figure)
     make_folder(path.parent)
     with replacing(path) as temporary:

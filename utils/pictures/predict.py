@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.files import is_file, is_folder, read_image, to_rgb
+from datasets.files import VOID, is_file, is_folder, read_image, to_rgb
 from network._deeplab import DeepLab
-from utils.engine import autocast, evaluating, predict
+from utils.engine import autocast, evaluating, predict, predict_with_confidence
 from utils.errors import InputError
-from utils.files import write_csv
+from utils.files import make_folder, replacing, write_csv
 from utils.pictures.plotting import save_prediction
 from utils.weights.load import TrainedModel
 
@@ -40,7 +40,8 @@ def list_images(source: str | Path, out: str | Path | None = None) -> tuple[list
         return [source], 0
     if not is_folder(source):
         raise InputError(f"--input {source}: no such file or folder; check the path")
-    own = {os.path.realpath(Path(out, name)) for name in ("", "masks", "overlays", "shares.csv")} if out else set()
+    names = ("", "masks", "overlays", "confidence", "shares.csv")
+    own = {os.path.realpath(Path(out, name)) for name in names} if out else set()
     images, others, seen = [], 0, {os.path.realpath(source)}
     for folder, folders, files in os.walk(source, onerror=_refuse, followlinks=True):
         for name in sorted(folders):
@@ -82,6 +83,34 @@ def predict_image(
     The logits kept at a time, float32 `[C, tile, W]` (or H, if that is less), do not grow with the longer side: 0.7
     GB for 21 classes and 8,000 x 8,000 pixels. Raises InputError for a tile or an overlap that cannot be used.
     """
+    return _predict(model, image, amp=amp, tile=tile, overlap=overlap, with_confidence=False)[0]
+
+
+def predict_image_with_confidence(
+    model: DeepLab,
+    image: torch.Tensor,
+    *,
+    amp: torch.dtype | None = None,
+    tile: int = TILE,
+    overlap: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicts class ids like `predict_image`, and the probability of each, float32 `[H, W]` in 0..1 on the CPU.
+
+    In tiles it is the softmax of the weighted mean of their logits.
+    """
+    return _predict(model, image, amp=amp, tile=tile, overlap=overlap, with_confidence=True)
+
+
+def _predict(
+    model: DeepLab,
+    image: torch.Tensor,
+    *,
+    amp: torch.dtype | None,
+    tile: int,
+    overlap: int | None,
+    with_confidence: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Predicts class ids `[H, W]` and, if asked for, their probabilities `[H, W]`."""
     if tile < MIN_TILE:
         raise InputError(f"--tile {tile}: too small; give {MIN_TILE} or more")
     overlap = tile // 8 if overlap is None else overlap
@@ -89,12 +118,26 @@ def predict_image(
         raise InputError(f"--overlap {overlap}: out of range; give 0 to {tile // 2}, half of --tile {tile}")
     with evaluating(model):
         height, width = image.shape[-2:]
-        if max(height, width) <= tile:
-            return predict(model, image[None].to(model.device), amp)[0].cpu()  # [H, W]
-        if width <= height:
-            return _predict_tiles(model, image, amp=amp, tile=tile, overlap=overlap)
-        ids = _predict_tiles(model, image.mT, amp=amp, tile=tile, overlap=overlap, on_its_side=True)  # [W, H]
-        return ids.mT.contiguous()  # [H, W]
+        on_its_side = width > height
+        if max(height, width) > tile:
+            ids, confidence = _predict_tiles(
+                model,
+                image.mT if on_its_side else image,
+                amp=amp,
+                tile=tile,
+                overlap=overlap,
+                on_its_side=on_its_side,
+                with_confidence=with_confidence,
+            )
+            if on_its_side:
+                ids = ids.mT.contiguous()  # [H, W]
+                confidence = confidence.mT.contiguous() if with_confidence else None  # [H, W]
+            return ids, confidence
+        images = image[None].to(model.device)  # [1, 3, H, W]
+        if with_confidence:
+            ids, confidence = predict_with_confidence(model, images, amp)
+            return ids[0].cpu(), confidence[0].cpu()  # [H, W] each
+        return predict(model, images, amp)[0].cpu(), None  # [H, W]
 
 
 def segment(trained: TrainedModel, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -121,16 +164,22 @@ def _predict_tiles(
     amp: torch.dtype | None,
     tile: int,
     overlap: int,
-    on_its_side: bool = False,
-) -> torch.Tensor:
-    """Predicts class ids `[H, W]` for `[3, H, W]` tile by tile, in bands from left to right.
+    on_its_side: bool,
+    with_confidence: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Predicts like `_predict` for `[3, H, W]`, tile by tile, in bands from left to right.
 
     If the image lies on its side, the model still sees each tile upright.
     """
     _, height, width = image.shape
     rows, columns = spans(height, tile, overlap), spans(width, tile, overlap)
     next_tops = [*(top for top, _ in rows[1:]), height]
-    result, band = torch.empty(height, width, dtype=torch.uint8), None
+    ids, band = torch.empty(height, width, dtype=torch.uint8), None
+    confidence = torch.empty(height, width) if with_confidence else None
+    # Tiles form a grid, so the weights of all that cover a pixel add up to a product of two sums.
+    total_down, total_across = (
+        _total_weights(tiles, size, device=model.device) for tiles, size in ((rows, height), (columns, width))
+    )
     for (top, bottom), next_top in zip(rows, next_tops, strict=True):
         for left, right in columns:
             piece = image[None, :, top:bottom, left:right].to(model.device)  # [1, 3, h, w]
@@ -143,11 +192,14 @@ def _predict_tiles(
             band[:, : bottom - top, left:right].addcmul_(logits, down[:, None] * across)
         # Rows that no tile further down reaches are done. The highest sum needs no division.
         done = next_top - top
-        result[top:next_top] = band[:, :done].max(dim=0).indices.to(torch.uint8)
+        ids[top:next_top] = band[:, :done].max(dim=0).indices.to(torch.uint8)
+        if confidence is not None:
+            logits = band[:, :done].div_(total_down[top:next_top, None] * total_across)  # [C, done, W]
+            confidence[top:next_top] = logits.softmax(dim=0).amax(dim=0)
         rest = band[:, done : bottom - top].clone()
         band.zero_()
         band[:, : rest.shape[1]] = rest
-    return result
+    return ids, confidence
 
 
 def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
@@ -188,6 +240,14 @@ def _weights(start: int, stop: int, size: int, *, device: torch.device) -> torch
     return (weights / (stop - start)).square()
 
 
+def _total_weights(tiles: Sequence[tuple[int, int]], size: int, *, device: torch.device) -> torch.Tensor:
+    """Sums the weights of all tiles at each pixel along one side, float32 `[size]`."""
+    total = torch.zeros(size, device=device)
+    for start, stop in tiles:
+        total[start:stop] += _weights(start, stop, size, device=device)
+    return total
+
+
 def predict_files(
     model: DeepLab,
     paths: Sequence[Path],
@@ -199,13 +259,17 @@ def predict_files(
     amp: torch.dtype | None = None,
     tile: int = TILE,
     overlap: int | None = None,
+    confidence: bool = False,
+    min_confidence: float = 0.0,
 ) -> list[str]:
     """Predicts images one by one; returns a line for each file that cannot be read, naming it.
 
     Writes `<out>/masks/<name>.png` (class ids in the palette), `<out>/overlays/<name>.jpg` and, at the end,
-    `<out>/shares.csv` (the share of each class in the pixels of each image). Each file is replaced as a whole. A name
-    is the image's without its suffix, or with it if two names would be equal. It begins with the folders between
-    `root` and the image, if `root` is given. `tile` and `overlap` are those of `predict_image`.
+    `<out>/shares.csv` (the share of each class, and of void, in the pixels of each image). With `confidence` also
+    `<out>/confidence/<name>.png`, 8-bit grey: the probability of each pixel's class, 255 for 1. Pixels whose
+    probability is below `min_confidence` become void. Each file is replaced as a whole. A name is the image's without
+    its suffix, or with it if two names would be equal. It begins with the folders between `root` and the image, if
+    `root` is given. `tile` and `overlap` are those of `predict_image`.
     Raises InputError if no file can be read, if `out` cannot be written, or if an image would be overwritten.
     """
     out = Path(out)
@@ -213,26 +277,41 @@ def predict_files(
     names = output_names(inputs)
     masks = [out / "masks" / f"{name}.png" for name in names]
     overlays = [out / "overlays" / f"{name}.jpg" for name in names]
-    for target in {path.resolve() for path in paths} & {path.resolve() for path in [*masks, *overlays]}:
+    greys = [out / "confidence" / f"{name}.png" for name in names]
+    targets = [*masks, *overlays, *(greys if confidence else [])]
+    for target in {path.resolve() for path in paths} & {path.resolve() for path in targets}:
         raise InputError(f"{target}: is an input and would be overwritten; give another --out")
 
     shares, unreadable = [], []
     bar = tqdm(paths, desc="predict", unit="image", dynamic_ncols=True, disable=None)
-    for path, picture, mask, drawing in zip(bar, inputs, masks, overlays, strict=True):
+    for path, picture, mask, drawing, grey in zip(bar, inputs, masks, overlays, greys, strict=True):
         try:
             image = read_image(path)
         except InputError as error:
             unreadable.append(str(error))
             continue
-        ids = predict_image(model, image, amp=amp, tile=tile, overlap=overlap)  # [H, W]
+        if confidence or min_confidence > 0:
+            ids, probabilities = predict_image_with_confidence(model, image, amp=amp, tile=tile, overlap=overlap)
+            ids = ids.masked_fill(probabilities < min_confidence, VOID)  # [H, W]
+        else:
+            ids = predict_image(model, image, amp=amp, tile=tile, overlap=overlap)  # [H, W]
+        if confidence:
+            save_confidence(probabilities, grey)
         save_prediction(image, ids, palette, mask=mask, drawing=drawing)
-        counts = torch.bincount(ids.flatten(), minlength=len(class_names))
+        counts = torch.bincount(ids.flatten(), minlength=VOID + 1)[[*range(len(class_names)), VOID]]
         files = (path.as_posix().encode(errors="replace").decode() for path in (picture, mask.relative_to(out)))
         shares.append([*files, *(f"{share:.6f}" for share in (counts / ids.numel()).tolist())])
     if not shares:
         raise InputError(f"--input: none of the {len(paths)} images can be read; the first problem: {unreadable[0]}")
-    write_csv(out / "shares.csv", ["picture", "mask", *class_names], shares)
+    write_csv(out / "shares.csv", ["picture", "mask", *class_names, "void"], shares)
     return unreadable
+
+
+def save_confidence(confidence: torch.Tensor, path: Path) -> None:
+    """Writes probabilities `[H, W]` in 0..1 as an 8-bit grey PNG: 255 is 1."""
+    make_folder(path.parent)
+    with replacing(path) as temporary:
+        Image.fromarray((confidence * 255).round().byte().numpy()).save(temporary, format="PNG")
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
