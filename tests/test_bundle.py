@@ -104,8 +104,8 @@ def test_the_bundled_model_finds_the_person_in_a_portrait():
     image = Image.open(path)
     assert ids.shape == (image.height, image.width) and ids.dtype == np.uint8
     share = (ids == VOC_CLASSES.index("person")).mean()
-    assert 0.25 < share < 0.5, share
-    assert (ids == 0).mean() > 0.4
+    assert 0.55 < share < 0.65, share
+    assert (ids == 0).mean() > 0.3
     # The same from a Pillow image and from an array.
     assert np.array_equal(segment(model, image), ids)
     assert np.array_equal(segment(model, np.asarray(image.convert("RGB"))), ids)

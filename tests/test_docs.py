@@ -13,7 +13,6 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {"main": get_parser(), "visualize": visualize.get_parser()}
 COMMAND = re.compile(r"\b(?:python|torchrun)\b[^\n`]*?\b(main|visualize)\.py\b([^\n`#&]*)")
-TO_BE_DRAWN = {ROOT / "docs" / "images" / "voc.jpg"}
 
 
 def anchors(page: Path) -> set[str]:
@@ -38,14 +37,14 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        assert target.exists() or target in TO_BE_DRAWN, link
+        assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_of_docs_exist(page):
     for path in re.findall(r"(?<![\w/.-])docs/[\w./-]*\w", page.read_text()):
-        assert (ROOT / path).exists() or ROOT / path in TO_BE_DRAWN, path
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize(("script", "arguments"), commands())
