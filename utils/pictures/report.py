@@ -2,8 +2,8 @@
 
     python visualize.py report runs/A runs/B --out report.html
 
-Images are embedded, nothing is fetched and no script runs, so the page opens anywhere and prints. Its text, tables and
-layout are in `report.html` beside this file; the functions here prepare the data of one section each.
+Images are embedded, nothing is fetched and no script runs, so the page opens anywhere and prints. Its text, tables
+and layout are in `report.html` beside this file; the functions here prepare the data of one section each.
 """
 
 import base64
@@ -129,6 +129,7 @@ def thumbnail(pixels: np.ndarray, caption: str, *, photo: bool = False) -> dict:
 
 
 def curves(runs: list[RunFiles]) -> dict:
+    """Draws and embeds the curves of all runs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "curves.png"
         draw_curves({run.name: run.history for run in runs}, path, stacked=True)
@@ -164,20 +165,15 @@ def sheet(
 
 def predictions(data: Data, num: int) -> dict:
     """Shows validation images with the predictions of all runs that share them, and the worst images of each run."""
-    evaluations, side_by_side, worst = data.evaluations, [], {}
+    compared, worst = [], {}
     for index in data.compared:
-        captions = {f"{name}: mIoU {number(own.ious.get(index))}": own for name, own in evaluations.items()}
-        side_by_side.append((index, {text: own.predictions[index] for text, own in captions.items()}))
-    for name, own in evaluations.items():
-        lowest = list(own.ious.items())[:num]
-        shown = [(index, {f"prediction: mIoU {iou:.4f}": own.predictions[index]}) for index, iou in lowest]
-        worst[name] = sheet(data.val, shown, errors=True)
-    return {
-        "evaluations": evaluations,
-        "total": len(data.val),
-        "side_by_side": sheet(data.val, side_by_side),
-        "worst": worst,
-    }
+        own = {f"{name}: mIoU {number(each.ious.get(index))}": each for name, each in data.evaluations.items()}
+        compared.append((index, {caption: each.predictions[index] for caption, each in own.items()}))
+    for name, each in data.evaluations.items():
+        lowest = list(each.ious.items())[:num]
+        shown = [(index, {f"prediction: mIoU {iou:.4f}": each.predictions[index]}) for index, iou in lowest]
+        worst[name] = (each, sheet(data.val, shown, errors=True))
+    return {"compared": sheet(data.val, compared), "worst": worst, "total": len(data.val)}
 
 
 def comparisons(runs: list[RunFiles]) -> list[dict]:
@@ -297,14 +293,13 @@ def options_of(runs: list[RunFiles]) -> dict[str, list[str]]:
 
 
 def environment_of(runs: list[RunFiles]) -> dict[str, list[str]]:
-    return side_by_side(
-        [
-            run.options["versions"]
-            | {name: run.options[name] for name in ENVIRONMENT[1:]}
-            | {name: f"{run.options[name]:,.{digits}f}" for name, digits in MODEL_COST.items() if name in run.options}
-            for run in runs
-        ]
-    )
+    known = []
+    for run in runs:
+        cost = {
+            name: f"{run.options[name]:,.{digits}f}" for name, digits in MODEL_COST.items() if name in run.options
+        }
+        known.append(run.options["versions"] | {name: run.options[name] for name in ENVIRONMENT[1:]} | cost)
+    return side_by_side(known)
 
 
 def checkpoints(runs: list[RunFiles]) -> dict:
