@@ -252,7 +252,7 @@ def write_test(run, *, right, split="val", target=(100, 50, 0, 0), images=60):
 
 
 def write_card(run, test="test_val", **figures):
-    card = {"ckpt": "best.pth", "val_split": "val", "mean_iou": 0.51, "bootstrap": [0.47, 0.5432]}
+    card = {"val_split": "val", "mean_iou": 0.51, "bootstrap": [0.47, 0.5432]}
     card |= {"labelled_images": 1449, "mean_boundary_iou": None, "worst": []}
     (run / test).mkdir(exist_ok=True)
     (run / test / "card.json").write_text(json.dumps(card | figures))
