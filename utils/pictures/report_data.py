@@ -24,7 +24,7 @@ NUM_SAMPLES, SEED = 20, 1  # the same images as `visualize.py samples`
 EVALUATED_ON_CPU = 200  # images per run, a few minutes; other devices evaluate the whole split
 ENVIRONMENT = ("versions", "device_name", "git_commit", "command")  # in options.json beside the options
 MODEL_COST = {"parameters": 0, "gflops": 1}  # with the digits to show; there too, but not in older runs
-CARD = ("val_split", "mean_iou", "bootstrap", "labelled_images", "mean_boundary_iou")  # what is shown of it
+CARD = ("val_split", "mean_iou", "bootstrap", "labelled_images", "mean_boundary_iou")  # in card.json
 REQUIRED = {"dataset", "data_root", "year", "train_split", "val_split"}  # the options that a report reads
 REQUIRED |= {"random_seed", "batch_size", "total_itrs", "amp", *ENVIRONMENT}
 
