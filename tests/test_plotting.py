@@ -118,6 +118,15 @@ def test_characters_of_no_font_become_question_marks(installed, draw):
     assert names_in(figures) == (shown, sorted(shown), "天空")
 
 
+def test_stacked_curves_fit_a_narrow_column_even_with_a_long_name(tmp_path):
+    rows = [{"itr": k, "epoch": k, "mean_iou": 0.1 * k, "loss": 1 / k, "lr": 0.01} for k in (1, 2, 3)]
+    plotting.draw_curves({"run_" * 30: rows, "b": rows}, tmp_path / "curves.png", stacked=True)
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.height > picture.width
+        pixels = np.array(picture.convert("L"))
+    assert (pixels[:, [0, -1]] == 255).all()  # nothing is cut off
+
+
 def test_wide_characters_get_room_in_the_legend(installed, tmp_path):
     names = [character * 12 for character in "天空道路木街車人"]
     installed(Hanzi="".join(names))

@@ -25,7 +25,7 @@ from utils.weights.load import load_model
 CPU = torch.device("cpu")
 CLASSES = ["sky", "road", "tree", "car"]
 MATRIX = [[80, 20, 0, 0], [0, 100, 0, 0], [10, 0, 30, 0], [0, 0, 0, 0]]
-DATA_SECTIONS = ("predictions", "training-data")
+DATA_SECTIONS = ("predictions", "data")
 
 
 def write_run(folder, *, mious=(0.5,), class_names=CLASSES, matrix=MATRIX, ious=None, **options):
@@ -105,14 +105,10 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Writes a report on runs and returns the page. Drawing takes most of the time, so it needs `draw`."""
-    figure = report.figure
+    """Writes a report on runs and returns the page, without curves, which take most of the time."""
+    monkeypatch.setattr(report, "curves", lambda runs: {"source": "", "width": 1, "height": 1})
 
-    def undrawn(*_, **__):
-        return {"source": "", "width": 1, "height": 1}
-
-    def write(*runs, draw=False, **keywords):
-        monkeypatch.setattr(report, "figure", figure if draw else undrawn)
+    def write(*runs, **keywords):
         out = tmp_path / "out" / "report.html"
         report.write_report(list(runs), out, device=CPU, **keywords)
         return Page(out.read_text(encoding="utf-8"))
@@ -157,7 +153,7 @@ def drawn(trained, tmp_path_factory):
 
 def test_summary_gives_the_first_best_epoch_its_accuracies_and_the_last(make, tmp_path):
     page = make(write_run(tmp_path / "a", mious=[0.2, 0.61, 0.61, 0.4]))
-    row = {name: cell["text"] for name, cell in page.table("summary")["a"].items()}
+    row = {name: cell["text"] for name, cell in page.table("scores")["a"].items()}
     assert row == {
         "best mIoU": "0.6100",
         "at epoch": "2",
@@ -167,20 +163,20 @@ def test_summary_gives_the_first_best_epoch_its_accuracies_and_the_last(make, tm
         "FreqW Acc": "0.7100",
     }
     assert "a reaches a mean IoU of 0.6100 on the validation images, at epoch 2." in page.texts["header"]
-    validations = page.table("training-curves")
+    validations = page.table("scores", 1)
     assert [validations[name]["iteration"]["text"] for name in ("a, best", "a, last")] == ["20", "40"]
 
 
 def test_only_the_best_run_is_marked(make, tmp_path):
     runs = [write_run(tmp_path / name, mious=[miou, 0.1]) for name, miou in (("a", 0.3), ("b", 0.5), ("c", 0.4))]
     page = make(*runs)
-    assert page.column("summary", "best mIoU") == {"a": "0.3000", "b": "0.5000 ★", "c": "0.4000"}
+    assert page.column("scores", "best mIoU") == {"a": "0.3000", "b": "0.5000 ★", "c": "0.4000"}
     assert "b is the best of 3 runs" in page.texts["header"]
 
 
 def test_only_options_that_differ_are_listed_first_and_marked(make, tmp_path):
     page = make(write_run(tmp_path / "a", lr=0.01), write_run(tmp_path / "b", lr=0.1, warmup_itrs=5, data_root="x"))
-    differing, every = page.table("options-and-environment"), page.table("options-and-environment", 1)
+    differing, every = page.table("options"), page.table("options", 1)
     assert {name: [cell["text"] for cell in row.values()] for name, row in differing.items()} == {
         "lr": ["0.01", "0.1"],
         "warmup_itrs": ["-", "5"],
@@ -193,15 +189,16 @@ def test_only_options_that_differ_are_listed_first_and_marked(make, tmp_path):
 
 def test_environment_is_shown_and_marked_where_it_differs_but_not_the_command(make, tmp_path):
     page = make(write_run(tmp_path / "a"), write_run(tmp_path / "b", versions={"torch": "2.1"}))
-    table = page.table("options-and-environment", 1)  # after that of all options
-    assert "The runs have the same options." in page.texts["options-and-environment"]
+    table = page.table("environment")
+    assert "The runs have the same options." in page.texts["options"]
     assert {name for name, row in table.items() if "differs" in row["b"]["css"]} == {"torch"}
     assert table["command"]["b"]["text"] == "main.py --run_name b" and table["git_commit"]["a"]["text"] == "abc"
 
 
 def test_size_of_the_model_is_beside_the_environment_and_a_dash_for_older_runs(make, tmp_path):
     runs = [write_run(tmp_path / "a", parameters=39_761_845, gflops=124.759), write_run(tmp_path / "b")]
-    options, environment = (make(*runs).table("options-and-environment", number) for number in (0, 1))
+    page = make(*runs)
+    options, environment = page.table("options"), page.table("environment")
     assert [cell["text"] for cell in environment["parameters"].values()] == ["39,761,845", "-"]
     assert [cell["text"] for cell in environment["gflops"].values()] == ["124.8", "-"]
     assert "parameters" not in options
@@ -210,7 +207,7 @@ def test_size_of_the_model_is_beside_the_environment_and_a_dash_for_older_runs(m
 def test_class_table_has_a_bar_as_long_as_each_iou_and_a_dash_for_an_absent_class(make, tmp_path):
     page = make(write_run(tmp_path / "a"), write_run(tmp_path / "b", ious=[0.9, 0.1, 0.75, math.nan]))
     a, b = "a (epoch 1)", "b (epoch 1)"
-    assert page.column("iou-of-each-class", a) == {
+    assert page.column("classes", a) == {
         "sky": "0.7273",
         "road": "0.8333 ★",
         "tree": "0.7500 ★",
@@ -218,21 +215,22 @@ def test_class_table_has_a_bar_as_long_as_each_iou_and_a_dash_for_an_absent_clas
         "mean (mIoU)": "0.7702",
         "classes in the mean": "3 of 4",
     }
-    assert page.column("iou-of-each-class", b)["tree"] == "0.7500 ★"
-    table = page.table("iou-of-each-class")
+    assert page.column("classes", b)["tree"] == "0.7500 ★"
+    assert list(page.column("classes", a))[:4] == ["sky", "tree", "road", "car"]  # by the mean of both runs
+    table = page.table("classes")
     assert [table[name][a]["style"] for name in CLASSES] == ["--share: 0.727", "--share: 0.833", "--share: 0.750", ""]
     assert "bar" in table["sky"][a]["css"] and "best" in table["sky"][b]["css"]
 
 
 def test_precision_recall_and_f1_come_from_the_confusion_matrix(make, tmp_path):
     page = make(write_run(tmp_path / "a"), write_run(tmp_path / "b", class_names=["sky", "road", "lake", "car"]))
-    rows = page.table("iou-of-each-class", 1)
-    assert [page.column("iou-of-each-class", f"a, {name}", 1)["sky"] for name in ("precision", "recall", "f1")] == [
+    rows = page.table("classes", 1)
+    assert [page.column("classes", f"a, {name}", 1)["sky"] for name in ("precision", "recall", "f1")] == [
         "0.8889",  # 80 / 90
         "0.8000",  # 80 / 100
         "0.8421",  # 160 / 190
     ]
-    assert page.column("iou-of-each-class", "a, recall", 1)["mean"] == "0.8500"  # of sky, road and tree
+    assert page.column("classes", "a, recall", 1)["mean"] == "0.8500"  # of sky, road and tree
     assert rows["car"]["a, f1"]["text"] == rows["lake"]["a, f1"]["text"] == rows["tree"]["b, recall"]["text"] == "-"
 
 
@@ -240,8 +238,8 @@ def test_runs_with_different_classes_are_reported_but_not_ranked(make, tmp_path)
     other = write_run(tmp_path / "b", class_names=["road", "sky", "lake", "car"], mious=[0.9])
     page = make(write_run(tmp_path / "a"), other)
     assert "The runs do not have the same classes" in page.texts["header"] and "best of" not in page.texts["header"]
-    assert "★" not in page.texts["summary"]
-    rows = page.table("iou-of-each-class")
+    assert "★" not in page.texts["scores"]
+    rows = page.table("classes")
     assert rows["lake"]["a (epoch 1)"]["text"] == rows["tree"]["b (epoch 1)"]["text"] == "not a class"
     assert rows["sky"]["b (epoch 1)"]["text"] == "0.8333 ★"  # by name, not by position
 
@@ -253,6 +251,43 @@ def write_test(run, *, right, split="val", target=(100, 50, 0, 0), images=60):
     ImageCounts([f"{n:03}" for n in range(images)], CLASSES, counts).save(run / f"test_{split}" / "counts.npz")
 
 
+def write_card(run, test="test_val", **figures):
+    card = {"val_split": "val", "mean_iou": 0.51, "bootstrap": [0.47, 0.5432]}
+    card |= {"labelled_images": 1449, "mean_boundary_iou": None, "worst": []}
+    (run / test).mkdir(exist_ok=True)
+    (run / test / "card.json").write_text(json.dumps(card | figures))
+
+
+def test_headline_is_the_tested_score_of_the_best_run_with_its_interval(make, tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", mious=[0.3])
+    write_card(a, "test_val_tta_flip", mean_iou=0.52)
+    assert "0.5200 mean IoU of a on val" in make(a, b).texts["header"]
+    write_card(a)
+    page = make(a, b)
+    assert "0.5100 mean IoU of a on val, 95% interval 0.4700 to 0.5432 test_val, 1,449 images" in page.texts["header"]
+    row = {name: cell["text"] for name, cell in page.table("scores", 1)["a/test_val"].items()}
+    assert row == {"mIoU": "0.5100", "95% interval": "0.4700 to 0.5432", "boundary IoU": "-", "images": "1,449"}
+    assert set(page.table("scores", 1)) == {"a/test_val", "a/test_val_tta_flip"}
+
+
+def test_headline_without_a_test_is_the_best_validation(make, tmp_path):
+    page = make(write_run(tmp_path / "a", mious=[0.4, 0.6, 0.5]))
+    assert "0.6000 mean IoU of a on val best validation; not tested yet" in page.texts["header"]
+    assert "Test each run first: main.py --test_only" in page.texts["scores"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"mean_iou": 0.5}', '{"mean_iou": null, "bootstrap": [0.1, 0.2]}']
+)
+def test_damaged_card_is_refused_by_its_file(make, tmp_path, text):
+    run = write_run(tmp_path / "a")
+    write_card(run)
+    (run / "test_val" / "card.json").write_text(text)
+    with pytest.raises(InputError, match=re.escape("a/test_val/card.json: not the card that --test_only writes")):
+        make(run)
+    assert not (tmp_path / "out").exists()
+
+
 def test_best_test_is_compared_with_each_other_test_of_the_same_data(make, tmp_path):
     a, b, c = (write_run(tmp_path / name) for name in "abc")
     write_test(a, right=(50, 50))  # IoU 1/3 and 1
@@ -260,11 +295,10 @@ def test_best_test_is_compared_with_each_other_test_of_the_same_data(make, tmp_p
     write_test(b, right=(100, 50), split="val_tta_flip")
     write_test(c, right=(100, 50), target=(100, 51, 0, 0))  # other masks
     page = make(a, b, c)
-    assert page.tables["comparison"][0][0][0]["text"] == ""
-    text = page.texts["comparison"]
+    text = page.texts["scores"]
     assert "b/test_val_tta_flip over a/test_val" in text and "b/test_val_tta_flip over b/test_val" in text
-    assert "c/test_val" not in text and len(page.tables["comparison"]) == 2
-    rows = [[name, *(cell["text"] for cell in row.values())] for name, row in page.table("comparison").items()]
+    assert "c/test_val" not in text and len(page.tables["scores"]) == 4
+    rows = [[name, *(cell["text"] for cell in row.values())] for name, row in page.table("scores", 1).items()]
     assert rows == [
         ["mIoU", "+33.33", "33.33 to 33.33", "100.0%", "60", "0"],
         ["sky", "+66.67", "66.67 to 66.67", "100.0%", "60", "0"],
@@ -272,15 +306,15 @@ def test_best_test_is_compared_with_each_other_test_of_the_same_data(make, tmp_p
         ["tree", "-", "-", "-", "0", "-"],
         ["car", "-", "-", "-", "0", "-"],
     ]
-    assert page.column("comparison", "points of IoU", 1)["road"] == "+66.67"
+    assert page.column("scores", "points of IoU", 2)["road"] == "+66.67"
 
 
 def test_comparison_of_few_images_has_a_note_and_without_two_tests_it_says_what_to_do(make, tmp_path):
     a, b = (write_run(tmp_path / name) for name in "ab")
     write_test(a, right=(50, 50), images=20)
-    assert "Test each run first: main.py --test_only" in make(a, b).texts["comparison"]
+    assert "Test each run first: main.py --test_only" in make(a, b).texts["scores"]
     write_test(b, right=(60, 50), images=20)
-    assert "20 images are few: below 50" in make(a, b).texts["comparison"]
+    assert "20 images are few: below 50" in make(a, b).texts["scores"]
 
 
 def test_damaged_counts_are_refused_by_their_file(make, tmp_path):
@@ -294,7 +328,7 @@ def test_damaged_counts_are_refused_by_their_file(make, tmp_path):
 
 def test_confusion_matrix_is_a_percentage_of_each_row(make, tmp_path):
     page = make(write_run(tmp_path / "a"))
-    table = page.table("confusion-matrices")
+    table = page.table("confusions")
     texts = [[cell["text"] for cell in row.values()] for row in table.values()]
     assert texts == [["80", "20", "", ""], ["", "100", "", ""], ["25", "", "75", ""], ["", "", "", "-"]]
     assert table["sky"]["road"]["style"] == "--share: 0.200"
@@ -303,22 +337,32 @@ def test_confusion_matrix_is_a_percentage_of_each_row(make, tmp_path):
 
 def test_most_frequent_confusions_come_first_without_correct_pixels(make, tmp_path):
     page = make(write_run(tmp_path / "a"))
-    rows = [[cell["text"] for cell in row] for row in page.tables["confusion-matrices"][1][1:]]
+    rows = [[cell["text"] for cell in row] for row in page.tables["confusions"][1][1:]]
     assert rows == [["sky", "road", "20", "20.0%", "66.7%"], ["tree", "sky", "10", "25.0%", "33.3%"]]
+
+
+def test_worst_confusions_are_in_words_by_their_share_of_the_class(make, tmp_path):
+    text = make(write_run(tmp_path / "a")).texts["confusions"]
+    worst = "25% of the pixels of tree are predicted as sky. 20% of the pixels of sky are predicted as road."
+    assert worst in text and text.count("are predicted as") == 2
+    right = make(write_run(tmp_path / "b", matrix=np.diag([1, 2, 3, 4]))).texts["confusions"]
+    assert "No pixel is predicted as another class." in right
+    rare = make(write_run(tmp_path / "c", matrix=[[999, 1], [0, 9]], class_names=["sky", "road"])).texts["confusions"]
+    assert "Under 1% of the pixels of sky are predicted as road." in rare
 
 
 def test_confusion_matrix_of_many_classes_shows_those_with_the_most_errors_and_says_so(make, tmp_path):
     matrix = np.diag(np.full(150, 50))
     matrix[140, 7] = 30
     page = make(write_run(tmp_path / "a", class_names=[f"class {n}" for n in range(150)], matrix=matrix))
-    table = page.table("confusion-matrices")
-    assert len(table) == 30 and "30 of 150 classes, those with the most errors" in page.texts["confusion-matrices"]
+    table = page.table("confusions")
+    assert len(table) == 30 and "30 of 150 classes, those with the most errors" in page.texts["confusions"]
     assert table["class 140"]["class 7"]["text"] == "38"
 
 
 def test_speed_is_per_iteration_and_per_validation_and_memory_is_the_peak(make, tmp_path):
     page = make(write_run(tmp_path / "a", mious=[0.1, 0.2, 0.3]))
-    row = {name: cell["text"] for name, cell in page.table("speed-and-memory")["a"].items()}
+    row = {name: cell["text"] for name, cell in page.table("environment", 1)["a"].items()}
     assert row == {
         "device": "cpu (1 threads)",
         "seconds per iteration": "2.000",
@@ -345,8 +389,8 @@ def test_user_text_is_escaped_everywhere(make, tmp_path):
     page = make(run, write_run(tmp_path / "b", class_names=[evil, '"', "x", "y"]))
     assert not {"script", "i"} & {tag for tag, _ in page.tags}
     assert all("onerror" not in attributes for _, attributes in page.tags)
-    assert evil in page.table("iou-of-each-class") and evil in page.table("confusion-matrices")
-    assert page.table("options-and-environment")["model"]["a<i>&b"]["text"] == '"><img src=x onerror=y>'
+    assert evil in page.table("classes") and evil in page.table("confusions")
+    assert page.table("options")["model"]["a<i>&b"]["text"] == '"><img src=x onerror=y>'
     assert "Semantic segmentation: a<i>&b, b" in page.texts["header"]
 
 
@@ -363,7 +407,7 @@ def test_contents_link_to_every_section_and_the_language_is_set(make, tmp_path):
     page = make(write_run(tmp_path / "a"))
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
-    assert links == [f"#{section}" for section in sections] and len(set(sections)) == len(sections) == 10
+    assert links == [f"#{section}" for section in sections] and len(set(sections)) == len(sections) == 9
     assert ("html", {"lang": "en"}) in page.tags
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
 
@@ -376,43 +420,52 @@ def test_pictures_decode_and_have_descriptions_and_charts_are_png(drawn):
             picture.load()
             assert picture.format == kind.upper() and str(picture.width) == attributes["width"]
             assert picture.getextrema() != ((255, 255),) * 3
-        assert len(attributes["alt"]) > 20
+        assert attributes["alt"]
         kinds.setdefault(section, []).append(kind)
-    assert set(kinds) == {"training-curves", *DATA_SECTIONS}
-    assert len(kinds["predictions"]) == 3 and len(kinds["training-data"]) == 2  # side by side, the worst of each run
-    assert kinds["training-curves"] == ["png"] and kinds["training-data"][1] == "png"
+    assert kinds == {
+        "predictions": ["jpeg", "png", "png", "png"] * 3,  # image, annotation and both runs
+        "curves": ["png"],
+        "worst-images": ["jpeg", "png", "png", "jpeg"] * 3 * 2,  # image, annotation, prediction and errors
+        "data": ["jpeg", "png"] * 4,
+    }
 
 
-def test_picture_is_jpeg_only_if_that_is_much_smaller(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
-    flat = np.zeros((200, 200, 3), np.uint8)
-    for pixels, kind in ((noise, "jpeg"), (flat, "png")):
-        drawing = report.figure(lambda path, p=pixels: Image.fromarray(p).save(path))
-        assert drawing["source"].startswith(f"data:image/{kind};")
+def test_masks_keep_their_exact_colours_and_large_images_are_shrunk(tmp_path):
+    mask = np.zeros((800, 1000, 3), np.uint8)
+    mask[300:, 401:] = (128, 0, 64)
+    for photo, kind in ((False, "png"), (True, "jpeg")):
+        drawing = report.thumbnail(mask, "caption", photo=photo)
+        head, data = drawing["source"].split(",")
+        assert head == f"data:image/{kind};base64" and (drawing["width"], drawing["height"]) == (500, 400)
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            assert photo or {colour for _, colour in picture.getcolors()} == {(0, 0, 0), (128, 0, 64)}
 
 
 # --- pictures of the data and the models ---
 
 
-def test_mean_iou_of_best_is_that_of_the_history_and_the_worst_image_comes_first(make, trained, monkeypatch):
-    grids = []
-    monkeypatch.setattr(report, "draw_grid", lambda rows, **k: grids.append((rows, k)) or draw_anything(k["path"]))
-    page = make(trained, num=2, draw=True)
+def test_mean_iou_of_best_is_that_of_the_history_and_the_worst_image_comes_first(make, trained):
+    page = make(trained, num=2)
     with (trained / "history.csv").open() as file:
         best = max(float(row["mean_iou"]) for row in csv.DictReader(file))
-    assert f"Chosen from the 3 validation images; their overall mIoU is {best:.4f}." in page.texts["predictions"]
-
-    (rows, compared), (worst_rows, worst) = grids
-    assert compared["headings"] == ["image", "ground truth", "a"] and len(rows) == 2
+    assert f"Chosen from the 3 validation images; their overall mIoU is {best:.4f}." in page.texts["worst-images"]
+    shown = {section: [each["alt"] for own, each in page.pictures if own == section] for section in page.texts}
     own = image_ious(trained)
     ranked = sorted(own, key=own.get)[:2]
-    assert worst["headings"] == [f"{name}: mIoU {own[name]:.4f}" for name in ranked]
-    assert worst["labels"] == ["image", "ground truth", "prediction", "errors"] and len(worst_rows) == 4
-    assert [row[2][1] for row in rows] == [f"mIoU {own[name]:.4f}" for name in compared["labels"]]
-
-
-def draw_anything(path):
-    Image.new("RGB", (8, 8)).save(path)
+    assert shown["worst-images"] == [
+        text
+        for name in ranked
+        for text in (
+            f"{name}, image",
+            f"{name}, annotation",
+            f"{name}, prediction: mIoU {own[name]:.4f}",
+            f"{name}, errors in red",
+        )
+    ]
+    compared = [text.removesuffix(", image") for text in shown["predictions"][::3]]
+    assert (
+        shown["predictions"][2::3] == [f"{name}, a: mIoU {own[name]:.4f}" for name in compared] and len(compared) == 2
+    )
 
 
 def image_ious(run):
@@ -433,7 +486,7 @@ def image_ious(run):
 def test_bounded_evaluation_says_how_many_images_it_saw(make, trained, monkeypatch):
     monkeypatch.setattr(report_data, "EVALUATED_ON_CPU", 1)
     page = make(trained, num=1)
-    assert re.search(r"Chosen from [12] of the 3 validation images", page.texts["predictions"])
+    assert re.search(r"Chosen from [12] of the 3 validation images", page.texts["worst-images"])
 
 
 def test_without_data_the_sections_say_so_and_the_rest_is_written(make, tmp_path):
@@ -441,11 +494,11 @@ def test_without_data_the_sections_say_so_and_the_rest_is_written(make, tmp_path
     for section in DATA_SECTIONS:
         assert "Not available for a because its data cannot be opened" in page.texts[section]
         assert "no data: there is no such folder" in page.texts[section]
-    assert page.table("summary") and page.table("iou-of-each-class") and page.table("speed-and-memory")
+    assert page.table("scores") and page.table("classes") and page.table("environment", 1)
 
 
 def test_checkpoints_describe_themselves(make, trained, tmp_path):
-    known = make(trained).column("checkpoints", trained.name)
+    known = make(trained).column("environment", trained.name, 2)
     assert known["made by"] == "main.py" and known["classes"] == "4: sky, road, tree, car"
     assert known["model"] == "deeplabv3plus_mobilenet_v3_large, output stride 16"
     checkpoint = torch.load(trained / "best.pth", weights_only=True)
@@ -459,9 +512,9 @@ def test_checkpoints_describe_themselves(make, trained, tmp_path):
     torch.save(checkpoint, older / "best.pth")
     torch.save(checkpoint["model_state"], foreign / "best.pth")
     page = make(older, foreign)
-    assert "saved" not in page.column("checkpoints", "older")
-    assert page.column("checkpoints", "foreign")["made by"] == "bare weights"
-    assert page.column("checkpoints", "foreign")["scores"] == "-"
+    assert "saved" not in page.column("environment", "older", 2)
+    assert page.column("environment", "foreign", 2)["made by"] == "bare weights"
+    assert page.column("environment", "foreign", 2)["scores"] == "-"
 
 
 def test_without_best_pth_the_data_and_the_other_runs_predictions_are_shown(make, trained, tmp_path):
@@ -469,16 +522,16 @@ def test_without_best_pth_the_data_and_the_other_runs_predictions_are_shown(make
     (other / "best.pth").unlink()
     page = make(trained, other)
     assert f"Not available for b: {other / 'best.pth'}: no such file" in page.texts["predictions"]
-    assert "Worst images of a" in page.texts["predictions"] and "Worst images of b" not in page.texts["predictions"]
-    assert "Not available" not in page.texts["training-data"]
+    assert "Worst images of a" in page.texts["worst-images"] and "Worst images of b" not in page.texts["worst-images"]
+    assert "Not available" not in page.texts["data"]
 
 
 def test_data_root_says_where_the_data_are(make, trained, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(data_of(trained), moved)
     run = copy_run(trained, tmp_path / "c", data_root="nowhere")
-    assert "Worst images of c" not in make(run).texts["predictions"]
-    assert "Worst images of c" in make(run, data_root=str(moved)).texts["predictions"]
+    assert "Worst images of c" not in make(run).texts["worst-images"]
+    assert "Worst images of c" in make(run, data_root=str(moved)).texts["worst-images"]
 
 
 def test_data_whose_classes_differ_from_the_run_are_not_shown(make, trained, tmp_path):
@@ -496,27 +549,27 @@ def test_split_lists_that_the_run_made_are_used(make, trained, tmp_path):
     (run / "splits" / "train.txt").write_text("a1\na2\na3\nb3\nb2\n")
     (run / "splits" / "val.txt").write_text("a4\nb1\n")
     page = make(run, data_root=str(data))
-    assert "Chosen from the 2 validation images" in page.texts["predictions"]
-    assert "5 of 5 training images" in page.texts["training-data"]
+    assert "Chosen from the 2 validation images" in page.texts["worst-images"]
+    assert "5 of 5 training images" in page.texts["data"]
 
 
 def test_run_trained_in_fp16_on_a_gpu_can_be_evaluated_on_the_cpu(make, trained, tmp_path):
     page = make(copy_run(trained, tmp_path / "c", amp="fp16"))
-    assert "Worst images of c" in page.texts["predictions"]
+    assert "Worst images of c" in page.texts["worst-images"]
 
 
 def test_damaged_image_costs_only_its_section(make, trained, tmp_path):
     data = shutil.copytree(data_of(trained), tmp_path / "damaged")
     (data / "JPEGImages" / "a2.jpg").write_bytes(b"")
-    page = make(trained, data_root=str(data), draw=True)
-    assert "a2.jpg: cannot be read" in page.texts["training-data"]
-    assert "Worst images of a" in page.texts["predictions"]
+    page = make(trained, data_root=str(data))
+    assert "a2.jpg: cannot be read" in page.texts["data"]
+    assert "Worst images of a" in page.texts["worst-images"]
 
 
 def test_generated_data_that_are_gone_are_not_generated_again(make, tmp_path):
     root = tmp_path / "gone"
     page = make(write_run(tmp_path / "a", dataset="shapes", data_root=str(root)))
-    assert "gone/shapes: there is no such folder" in page.texts["training-data"] and not root.exists()
+    assert "gone/shapes: there is no such folder" in page.texts["data"] and not root.exists()
 
 
 # --- unusable input ---
@@ -571,7 +624,7 @@ def test_run_given_twice_is_refused_but_two_runs_of_the_same_name_are_distinguis
     one, other = write_run(tmp_path / "x" / "a"), write_run(tmp_path / "y" / "a")
     with pytest.raises(InputError, match="x/a: is given twice"):
         make(one, other, one)
-    assert set(make(one, other).table("summary")) == {str(one), str(other)}
+    assert set(make(one, other).table("scores")) == {str(one), str(other)}
 
 
 @pytest.mark.parametrize(("out", "named"), [("", ""), ("file/report.html", "file")])
@@ -589,7 +642,7 @@ def test_report_that_fails_halfway_keeps_the_old_one(make, tmp_path, monkeypatch
     make(run)
     path = tmp_path / "out" / "report.html"
     old = path.read_bytes()
-    monkeypatch.setattr(report, "speed_rows", lambda runs: 1 / 0)
+    monkeypatch.setattr(report, "checkpoints", lambda runs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make(run)
     assert path.read_bytes() == old and [file.name for file in path.parent.iterdir()] == ["report.html"]

@@ -252,19 +252,25 @@ def error_map(image: torch.Tensor, target: torch.Tensor, prediction: torch.Tenso
     return hwc(torch.where(wrong, red, grey).byte())
 
 
-def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
+def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path, *, stacked: bool = False) -> None:
     """Draws mIoU (best marked), both losses and learning rate over the iterations, a line per run.
 
-    histories: maps run names to the rows of `history.csv`; older ones have no validation loss.
+    histories: maps run names to the rows of `history.csv`; older ones have no validation loss. stacked: one panel
+    below the other, for a narrow column.
     """
-    figure = new_figure(13, 4.2 + 0.2 * len(histories))
     loss_title = "training loss (dots)\nvalidation cross-entropy (rings)"
     panels = [("mean_iou", "validation mIoU"), ("loss", loss_title), ("lr", "learning rate (head)")]
-    all_axes = figure.subplots(1, 3)
+    if stacked:
+        figure = new_figure(4.6, 4.4 + 0.3 * len(histories))
+        all_axes = figure.subplots(3, 1, height_ratios=(3, 2, 1.2), sharex=True)
+    else:
+        figure = new_figure(13, 4.2 + 0.2 * len(histories))
+        all_axes = figure.subplots(1, 3)
     for number, (name, rows) in enumerate(histories.items()):
         colour, style = f"C{number}", LINES[number % len(LINES)]
         best = max((row for row in rows if row["mean_iou"] == row["mean_iou"]), key=lambda row: row["mean_iou"])
         label = f"{name}: best {best['mean_iou']:.4f} at epoch {best['epoch']:.0f}, last {rows[-1]['mean_iou']:.4f}"
+        label = textwrap.fill(label, 50) if stacked else label
         itrs = [row["itr"] for row in rows]
         for axes, (column, _) in zip(all_axes, panels, strict=True):
             values = [row[column] for row in rows]
@@ -286,7 +292,7 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
                 bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1},
             )
     for axes, (_, title) in zip(all_axes, panels, strict=True):
-        axes.set(title=title, xlabel="iteration")
+        axes.set_title(title, fontsize="medium" if stacked else "large")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(alpha=0.3)
         axes.margins(y=0.15)
@@ -296,8 +302,10 @@ def draw_curves(histories: dict[str, list[dict[str, float]]], path: Path) -> Non
     if high - low < 0.02:
         all_axes[0].set_ylim((low + high) / 2 - 0.01, (low + high) / 2 + 0.01)
     all_axes[2].set_ylim(bottom=0)
+    for axes in all_axes[-1:] if stacked else all_axes:
+        axes.set_xlabel("iteration")
     figure.legend(handles=all_axes[0].get_lines()[::2], loc="outside lower center", frameon=False)
-    save(figure, path)
+    save(figure, path, dpi=200 if stacked else 120)
 
 
 def overlay(image: torch.Tensor, prediction: torch.Tensor, palette: np.ndarray) -> Image.Image:

@@ -24,6 +24,7 @@ NUM_SAMPLES, SEED = 20, 1  # the same images as `visualize.py samples`
 EVALUATED_ON_CPU = 200  # images per run, a few minutes; other devices evaluate the whole split
 ENVIRONMENT = ("versions", "device_name", "git_commit", "command")  # in options.json beside the options
 MODEL_COST = {"parameters": 0, "gflops": 1}  # with the digits to show; there too, but not in older runs
+CARD = ("val_split", "mean_iou", "bootstrap", "labelled_images", "mean_boundary_iou")  # in card.json
 REQUIRED = {"dataset", "data_root", "year", "train_split", "val_split"}  # the options that a report reads
 REQUIRED |= {"random_seed", "batch_size", "total_itrs", "amp", *ENVIRONMENT}
 
@@ -38,6 +39,13 @@ class RunFiles:
     history: list[dict[str, float]]
     class_iou: dict[str, float]
     matrix: np.ndarray
+    tests: list[dict]  # the card of each test, with the name of its folder
+
+    @property
+    def test(self) -> dict | None:
+        """The card to quote: the plain test of the validation split, or else the first; None without tests."""
+        plain = f"test_{self.options['val_split']}"
+        return min(self.tests, key=lambda card: card["folder"] != plain, default=None)
 
     @property
     def best(self) -> dict[str, float]:
@@ -92,7 +100,21 @@ def read_run(folder: Path, name: str) -> RunFiles:
     (_, *predicted), counts = read_csv(folder / "confusion_matrix.csv")
     if not list(class_iou) == predicted == [target for target, *_ in counts]:
         raise InputError(f"{folder / 'confusion_matrix.csv'}: its classes differ from class_iou.csv; restore both")
-    return RunFiles(folder, name, options, history, class_iou, np.array([row for _, *row in counts], np.int64))
+    matrix = np.array([row for _, *row in counts], np.int64)
+    tests = [read_card(path) for path in sorted(folder.glob("test_*/card.json"))]
+    return RunFiles(folder, name, options, history, class_iou, matrix, tests)
+
+
+def read_card(path: Path) -> dict:
+    """Reads the card of a test. Raises InputError if it cannot be read or lacks what the report shows."""
+    try:
+        card = dict(json.loads(path.read_text(encoding="utf-8")))
+        low, high = card["bootstrap"]
+        if any(not isinstance(value, float) for value in (low, high, card["mean_iou"])):
+            raise ValueError
+        return {name: card[name] for name in CARD} | {"folder": path.parent.name}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: not the card that --test_only writes; test that model again") from None
 
 
 def read_runs(folders: list[Path]) -> list[RunFiles]:
