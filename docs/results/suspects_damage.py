@@ -37,7 +37,7 @@ def damage(mask: np.ndarray, kind: str, num_classes: int, rng: np.random.Generat
 def write_damaged(source: Path, out: Path) -> None:
     """Copies a data set to `out`, damages masks of its train split and lists these in `damaged.csv`."""
     shutil.copytree(source, out)
-    num_classes = len((out / "class_names.txt").read_text().split())
+    num_classes = len((out / "class_names.txt").read_text().splitlines())
     ids = (out / "ImageSets/Segmentation/train.txt").read_text().split()
     rng, rows = np.random.default_rng(SEED), []
     for number, name in enumerate(rng.choice(ids, round(SHARE * len(ids)), replace=False)):
