@@ -168,7 +168,7 @@ def test_suspects_draws_the_worst_and_lists_all(run, own, monkeypatch):
     assert (np.asarray(prediction) == dataset.decode_target(truth)).all()
     assert ((np.asarray(red) == [215, 25, 28]).all(axis=2) == ((mask != truth) & (mask != 255))).all()
     assert figures[0].axes[0].get_ylabel() == "a3"
-    assert figures[0].axes[3].get_xlabel() == f"{float(rows[0]['share']):.1%}: tree predicted as road"
+    assert figures[0].axes[3].get_xlabel() == f"{float(rows[0]['share']):.1%}: tree\npredicted as road"
 
 
 def test_more_images_than_the_split_has_draw_all_of_it(run):

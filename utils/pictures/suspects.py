@@ -92,7 +92,7 @@ def draw_suspects(
         prediction, contradicted, _ = contradictions(model, image, mask, amp=amp)
         present |= {*mask.unique().tolist(), *prediction.unique().tolist()} - {VOID}
         drawings = [hwc(image), dataset.decode_target(mask), dataset.decode_target(prediction)]
-        pair = f": {annotated} predicted as {predicted}" if annotated else ""
+        pair = f": {annotated}\npredicted as {predicted}" if annotated else ""
         red = error_map(image, mask.where(contradicted, VOID), prediction)
         rows.append([*((drawing, "") for drawing in drawings), (red, f"{share:.1%}{pair}")])
         labels.append(dataset.ids[index])
