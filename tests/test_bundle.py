@@ -165,4 +165,4 @@ def test_the_bundled_model_scores_on_real_photographs_as_stated(real_data, tmp_p
     assert score == pytest.approx(expected, abs=0.002), score  # instruction sets round differently
 
 
-STATED, STATED_ON_FORTY = 0.5859, 0.0  # mean IoU of the file as it is shipped
+STATED, STATED_ON_FORTY = 0.5859, 0.5992  # mean IoU of the file as it is shipped

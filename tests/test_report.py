@@ -617,7 +617,7 @@ def test_a_history_from_before_the_validation_loss_is_read(make, tmp_path):
     run = write_run(tmp_path / "a", mious=[0.1, 0.2])
     lines = (run / "history.csv").read_text().splitlines()
     (run / "history.csv").write_text("".join(f"{line.rpartition(',')[0]}\n" for line in lines))
-    assert set(make(run).table("summary")) == {"a"}
+    assert set(make(run).table("scores")) == {"a"}
 
 
 def test_run_given_twice_is_refused_but_two_runs_of_the_same_name_are_distinguished(make, tmp_path):

@@ -288,7 +288,7 @@ def test_curves_draws_each_run_and_marks_its_best_epoch(run, trained, drawn):
     miou, loss, lr = drawn[0].axes
     assert [axes.get_title() for axes in (miou, loss, lr)] == [
         "validation mIoU",
-        "training loss",
+        "training loss (dots)\nvalidation cross-entropy (rings)",
         "learning rate (head)",
     ]
     rows = Run(trained / "runs/a").history()
