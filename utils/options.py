@@ -257,7 +257,7 @@ def flags_page() -> str:
             values = action.metavar or r"\|".join(map(str, action.choices or ()))
             flag = f"{action.option_strings[0]} {values}".strip()
             default = "" if action.default is None or action.default is False else f"`{action.default}`"
-            text = action.help.replace("|", r"\|")
+            text = action.help.replace("|", r"\|").replace("%%", "%")
             lines += [f"| `{flag}` | {default} | {text} |"]
     return "\n".join(lines) + "\n"
 
