@@ -26,16 +26,18 @@ log = logging.getLogger("deeplab")
 
 def speed_up(model: Network) -> Network:
     """Swaps layers in place for faster ones if the model is on a CPU; returns the model."""
-    if next(model.parameters()).device.type == "cpu":
-        for module in model.modules():
-            if type(module) is ASPP:
-                for conv in (branch[0] for branch in module.convs[1:-1]):  # the atrous branches
-                    if type(conv) is nn.Conv2d:
-                        conv.__class__ = FastAtrousConv2d
-            elif type(module) is DeepLabHeadPlus and type(module.classifier[0]) is not nn.Conv2d:
-                continue  # separable convolutions are fast as they are
-            elif type(module) in FASTER:
-                module.__class__ = FASTER[type(module)]
+    if next(model.parameters()).device.type != "cpu":
+        return model
+    for module in model.modules():
+        if type(module) is ASPP:
+            for conv in (branch[0] for branch in module.convs[1:-1]):  # the atrous branches
+                if type(conv) is nn.Conv2d:  # separable convolutions are fast as they are
+                    conv.__class__ = FastAtrousConv2d
+        elif type(module) is DeepLabHeadPlus:
+            if type(module.classifier[0]) is nn.Conv2d:
+                module.__class__ = FastDeepLabHeadPlus
+        elif type(module) is DeepLab:
+            module.__class__ = FastDeepLab
     return model
 
 
@@ -183,9 +185,6 @@ class FastAtrousConv2d(nn.Conv2d):
         if by_products or (torch.is_grad_enabled() and min(size) < 2 * rate + 1 and rate < max(size)):
             return AtrousProducts.apply(x, weight, bias, rate, by_products)
         return cut_conv2d(x, weight, bias, rate)
-
-
-FASTER = {DeepLab: FastDeepLab, DeepLabHeadPlus: FastDeepLabHeadPlus}
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
