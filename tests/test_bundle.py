@@ -146,7 +146,7 @@ def test_the_bundled_model_scores_on_real_photographs_as_stated(real_data, tmp_p
     names = (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val200.txt").read_text().split()
     whole = os.environ.get("SEG_WHOLE_VAL")
     if whole:
-        split, flags = "val", ()
+        split = "val"
     else:
         lists = tmp_path / "VOCdevkit/VOC2012"
         lists.mkdir(parents=True)
@@ -154,10 +154,10 @@ def test_the_bundled_model_scores_on_real_photographs_as_stated(real_data, tmp_p
             (lists / name).symlink_to(root / "VOCdevkit/VOC2012" / name)
         (lists / "ImageSets/Segmentation").mkdir(parents=True)
         (lists / "ImageSets/Segmentation/forty.txt").write_text("\n".join(names[:40]) + "\n")
-        root, split, flags = tmp_path, "forty", ()
+        root, split = tmp_path, "forty"
     result = run_main(
         "--test_only", "--ckpt", "voc", "--data_root", root, "--val_split", split, "--run_dir", tmp_path / "runs",
-        "--device", "cpu", "--amp", "off", "--num_workers", 0, *flags,
+        "--device", "cpu", "--amp", "off", "--num_workers", 0,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     score = float(result.stdout.split("Mean IoU: ")[1].split()[0])
